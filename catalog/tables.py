@@ -1,0 +1,433 @@
+"""The tables, in SQLAlchemy Core; each constraint says in its name or comment what it prevents.
+
+The words are design words: patient, study, series and instance are the four DICOM levels; an image is one frame of an
+instance; a location is where its pixels lie; an annotation is what a reader drew; a pairing says on which image.
+Views, triggers and the login for SQL that users give are in the migrations, which a test holds against this page.
+"""
+
+from sqlalchemy import (
+    ARRAY,
+    REAL,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import INT8MULTIRANGE, JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _id() -> Column[int]:
+    return Column("id", BigInteger, Identity(always=True), primary_key=True, comment="Surrogate key; means nothing outside this database.")
+
+
+def _now(name: str, comment: str) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=False, server_default=func.now(), comment=comment)
+
+
+def _ref(name: str, target: str, comment: str, *, nullable: bool = False, index: bool = True, cascade: bool = False) -> Column[int]:
+    key = ForeignKey(f"{target}.id", ondelete="CASCADE" if cascade else None)
+    return Column(name, BigInteger, key, nullable=nullable, index=index, comment=comment)
+
+
+# ------------------------------------------------------------------------------------------ storage and ingest
+
+root = Table(
+    "root",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True, comment="Short name of the storage place."),
+    Column("url", Text, nullable=False, unique=True, comment="Absolute folder; files are relative to it: a moved root is one UPDATE."),
+    _now("created_at", "When the root was first ingested."),
+    CheckConstraint("name <> '' AND url <> ''", name="not_empty"),
+    comment="A storage place with a name.",
+)
+
+ingest_run = Table(
+    "ingest_run",
+    metadata,
+    _id(),
+    _ref("root_id", "root", "What was ingested."),
+    Column("layout", Text, nullable=False, comment="How images and annotations were found and paired: a name under catalog/layouts."),
+    Column("state", Text, nullable=False, server_default="running", comment="running, finished, interrupted or failed."),
+    Column("program_version", Text, nullable=False, comment="Version of scanfeed."),
+    Column("host", Text, nullable=False, comment="Machine that read the files."),
+    _now("started_at", "When it began."),
+    Column("finished_at", DateTime(timezone=True), comment="When it ended; NULL while running, or when it was killed."),
+    Column("files_seen", BigInteger, nullable=False, server_default="0", comment="Files of the layout found in the root."),
+    Column("files_read", BigInteger, nullable=False, server_default="0", comment="Files new or changed, and therefore read."),
+    Column("errors", BigInteger, nullable=False, server_default="0", comment="Rows of ingest_error of this run."),
+    CheckConstraint("state IN ('running', 'finished', 'interrupted', 'failed')", name="state"),
+    comment="One ingest that had something to do. An ingest that finds nothing new leaves no row.",
+)
+
+ingest_error = Table(
+    "ingest_error",
+    metadata,
+    _id(),
+    _ref("ingest_run_id", "ingest_run", "The run that met it.", cascade=True),
+    Column("path", Text, nullable=False, comment="File or folder, relative to the root."),
+    Column("stage", Text, nullable=False, comment="find, read, pair or mask."),
+    Column("code", Text, nullable=False, comment="Short stable name of the error."),
+    Column("message", Text, nullable=False, comment="What, so what, what to do. Never holds the value of an identifying tag."),
+    _now("at", "When it was met."),
+    CheckConstraint("stage IN ('find', 'read', 'pair', 'mask')", name="stage"),
+    comment="What could not be taken in. Everything else went on.",
+)
+
+file = Table(
+    "file",
+    metadata,
+    _id(),
+    _ref("root_id", "root", "The storage place.", index=False),
+    Column("path", Text, nullable=False, comment="Relative to the root, with / between folders."),
+    Column("kind", Text, nullable=False, comment="What the layout takes it for: image or annotation."),
+    Column("size", BigInteger, nullable=False, comment="Bytes, as catalogued."),
+    Column("mtime_ns", BigInteger, nullable=False, comment="Modification time as catalogued, ns since 1970."),
+    Column("state", Text, nullable=False, server_default="present", comment="present, missing (was there once) or unreadable."),
+    _ref("ingest_run_id", "ingest_run", "The run that last wrote this row.", index=False),
+    UniqueConstraint("root_id", "path"),
+    CheckConstraint("state IN ('present', 'missing', 'unreadable')", name="state"),
+    CheckConstraint("kind IN ('image', 'annotation')", name="kind"),
+    CheckConstraint("path <> '' AND left(path, 1) <> '/'", name="path_relative"),
+    comment="A file of a root, with the size and time by which a change is noticed.",
+)
+
+# ------------------------------------------------------------------------------------------ the four DICOM levels
+
+patient = Table(
+    "patient",
+    metadata,
+    _id(),
+    # Text, not a checked identifier: PatientID (0010,0020) is a free LO.
+    Column("patient_id", Text, nullable=False, unique=True, comment="PatientID (0010,0020), or the layout's name for the patient."),
+    Column("original_id", Text, comment="The name under which the annotations' source knows the patient (Sunnybrook: link.csv)."),
+    comment="A patient.",
+)
+
+study = Table(
+    "study",
+    metadata,
+    _id(),
+    _ref("patient_id", "patient", "Whose study.", index=False),
+    # UIDs are text as found: de-identified archives hold UIDs that break PS3.5 9.1; never validated, never rewritten.
+    Column("study_instance_uid", Text, nullable=False, index=True, comment="StudyInstanceUID (0020,000D), as found."),
+    Column("study_date", Text, nullable=False, server_default="", comment="StudyDate (0008,0020), as found: may be no date."),
+    UniqueConstraint("patient_id", "study_instance_uid"),
+    comment="A study. One UID under two patients is two rows and a finding.",
+)
+
+series = Table(
+    "series",
+    metadata,
+    _id(),
+    _ref("study_id", "study", "Its study.", index=False),
+    Column("series_instance_uid", Text, nullable=False, index=True, comment="SeriesInstanceUID (0020,000E), as found."),
+    Column("series_number", Integer, comment="SeriesNumber (0020,0011)."),
+    Column("modality", Text, nullable=False, server_default="", comment="Modality (0008,0060)."),
+    UniqueConstraint("study_id", "series_instance_uid"),
+    comment="A series.",
+)
+
+instance = Table(
+    "instance",
+    metadata,
+    _id(),
+    _ref("series_id", "series", "Its series.", index=False),
+    Column("sop_instance_uid", Text, nullable=False, index=True, comment="SOPInstanceUID (0008,0018), as found; empty when missing."),
+    Column("sop_class_uid", Text, nullable=False, server_default="", comment="SOPClassUID (0008,0016)."),
+    Column("instance_number", Integer, comment="InstanceNumber (0020,0013)."),
+    Column("number_of_frames", Integer, nullable=False, comment="Frames, at least 1 for an image."),
+    Column("images_in_acquisition", Integer, comment="ImagesInAcquisition (0020,1002), as claimed by the file."),
+    Column("content_hash", LargeBinary, comment="sha256 over the pixel hashes of all frames; tells a re-encoding from a conflict."),
+    # A second file with the same UID and the same pixels is a re-encoding: the same row. With other pixels it is another row.
+    UniqueConstraint("series_id", "sop_instance_uid", "content_hash", postgresql_nulls_not_distinct=True),
+    CheckConstraint("content_hash IS NULL OR length(content_hash) = 32", name="content_hash"),
+    comment="One SOP object.",
+)
+
+image = Table(
+    "image",
+    metadata,
+    _id(),
+    _ref("instance_id", "instance", "The SOP object it is a frame of.", index=False),
+    Column("frame", Integer, nullable=False, comment="Frame, counted from 0."),
+    Column("rows", Integer, nullable=False, comment="Height in px."),
+    Column("columns", Integer, nullable=False, comment="Width in px."),
+    Column("samples_per_pixel", SmallInteger, nullable=False, server_default="1", comment="SamplesPerPixel (0028,0002)."),
+    Column("photometric", Text, nullable=False, server_default="", comment="PhotometricInterpretation (0028,0004)."),
+    Column("row_spacing", Double, comment="PixelSpacing (0028,0030), first value: mm between rows."),
+    Column("column_spacing", Double, comment="PixelSpacing (0028,0030), second value: mm between columns."),
+    Column("image_position", ARRAY(Double), comment="ImagePositionPatient (0020,0032): x, y, z in mm."),
+    Column("image_orientation", ARRAY(Double), comment="ImageOrientationPatient (0020,0037): direction of a row, then of a column."),
+    Column("position", Double, comment="mm along the slice normal: image_position · (row direction × column direction)."),
+    Column("slice_thickness", REAL, comment="SliceThickness (0018,0050) in mm."),
+    Column("trigger_time", Double, comment="TriggerTime (0018,1060) in ms."),
+    Column("phase", Integer, comment="Rank of the trigger time among the images of the series at the same position, from 0."),
+    Column("slope", Double, nullable=False, server_default="1", comment="RescaleSlope (0028,1053); 1 when missing."),
+    Column("intercept", Double, nullable=False, server_default="0", comment="RescaleIntercept (0028,1052); 0 when missing."),
+    Column("pixel_hash", LargeBinary, comment="sha256 of the stored values, C order, little endian."),
+    Column("sample_key", Uuid, nullable=False, unique=True, comment="What the sample is, on any server: sample_key(UID, frame)."),
+    UniqueConstraint("instance_id", "frame"),
+    Index("ix_image_pixel_hash", "pixel_hash", postgresql_using="hash"),
+    # Images whose phase an ingest still has to work out: empty in the steady state, so looking for them costs nothing.
+    Index("ix_image_no_phase", "instance_id", postgresql_where=text("phase IS NULL AND trigger_time IS NOT NULL AND position IS NOT NULL")),
+    CheckConstraint("frame >= 0 AND rows > 0 AND columns > 0 AND samples_per_pixel > 0", name="size"),
+    CheckConstraint("cardinality(image_position) = 3 AND cardinality(image_orientation) = 6", name="geometry"),
+    CheckConstraint("pixel_hash IS NULL OR length(pixel_hash) = 32", name="pixel_hash"),
+    comment="One 2-D frame of an instance: what a sample is.",
+)
+
+location = Table(
+    "location",
+    metadata,
+    Column("image_id", BigInteger, ForeignKey("image.id", ondelete="CASCADE"), primary_key=True, comment="Whose pixels."),
+    Column("file_id", BigInteger, ForeignKey("file.id"), primary_key=True, index=True, comment="The file they lie in."),
+    Column("byte_offset", BigInteger, comment="Where the frame begins in the file; NULL when it must be decoded."),
+    Column("byte_length", BigInteger, comment="Bytes of the frame; NULL when it must be decoded."),
+    Column("dtype", Text, comment="Stored type and byte order as numpy writes it (<i2); NULL when pydicom must decode."),
+    Column("transfer_syntax_uid", Text, nullable=False, comment="TransferSyntaxUID (0002,0010)."),
+    Column("preferred", Boolean, nullable=False, comment="Read from here: a present file, by offset where there is one."),
+    Index("ix_location_preferred", "image_id", unique=True, postgresql_where=text("preferred")),
+    CheckConstraint("num_nonnulls(byte_offset, byte_length, dtype) IN (0, 3)", name="by_offset_whole"),
+    comment="Where an image's pixels lie. One image may have several (re-encodings); one at most is preferred.",
+)
+
+# ------------------------------------------------------------------------------------------ what readers drew
+
+reader = Table(
+    "reader",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True, comment="Who drew: a person, a group, a program."),
+    Column("preference", Integer, nullable=False, server_default="0", comment="Of several readers of one image the smallest is fed."),
+    comment="Who draws annotations.",
+)
+
+structure = Table(
+    "structure",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True, comment="What was drawn: inner, outer, a ROI or segment name."),
+    CheckConstraint("name <> ''", name="not_empty"),
+    comment="What can be drawn.",
+)
+
+annotation = Table(
+    "annotation",
+    metadata,
+    _id(),
+    _ref("file_id", "file", "The file it was read from.", index=False),
+    Column("source_key", Text, nullable=False, server_default="", comment="Which annotation in the file; empty when it holds one."),
+    Column("version", Integer, nullable=False, server_default="1", comment="From 1; a changed file is a new version, the old one stays."),
+    Column("current", Boolean, nullable=False, server_default="true", comment="The newest version of what is still in its file."),
+    _ref("reader_id", "reader", "Who drew it.", index=False),
+    _ref("structure_id", "structure", "What was drawn."),
+    Column("kind", Text, nullable=False, comment="polygon, segment or label."),
+    Column("origin", Text, nullable=False, comment="contour, segment, label (as drawn), interpolated or proposed (derived)."),
+    Column("label", Text, comment="The class, for kind label."),
+    Column("points", ARRAY(Double), comment="Polygon as read, never shifted: x, y, x, y, … in px, all rings one after another."),
+    Column("rings", ARRAY(Integer), comment="Points in each ring; several rings are one mask by even-odd."),
+    Column("convention", Text, comment="corner: the centre of the first pixel is (0.5, 0.5); centre: it is (0, 0)."),
+    Column("shift_x", Double, nullable=False, server_default="0", comment="px added to x before the mask is made."),
+    Column("shift_y", Double, nullable=False, server_default="0", comment="px added to y before the mask is made."),
+    Column("polygon_area_px", Double, comment="Area of the polygon by the shoelace formula, px²."),
+    Column("content_hash", LargeBinary, nullable=False, comment="sha256 of what was drawn; equal content is no new version."),
+    Column("refers_to", JSONB, nullable=False, server_default="{}", comment="What the source says about its image, as found."),
+    _ref("ingest_run_id", "ingest_run", "The run that brought this version.", index=False),
+    _now("created_at", "When it came in."),
+    UniqueConstraint("file_id", "source_key", "version"),
+    Index("ix_annotation_current", "file_id", "source_key", unique=True, postgresql_where=text("current")),
+    CheckConstraint("kind IN ('polygon', 'segment', 'label')", name="kind"),
+    CheckConstraint("origin IN ('contour', 'segment', 'label', 'interpolated', 'proposed')", name="origin"),
+    CheckConstraint("kind <> 'polygon' OR num_nonnulls(points, rings, convention) = 3", name="polygon_whole"),
+    CheckConstraint("convention IN ('corner', 'centre')", name="convention"),
+    CheckConstraint("(kind = 'label') = (label IS NOT NULL)", name="label"),
+    CheckConstraint("version >= 1", name="version"),
+    comment="One thing a reader drew. Immutable: a correction is a new version.",
+)
+
+pairing = Table(
+    "pairing",
+    metadata,
+    _id(),
+    _ref("annotation_id", "annotation", "What was drawn.", index=False),
+    _ref("image_id", "image", "On which image."),
+    Column("method", Text, nullable=False, comment="How it was found: file-number, instance-number, …"),
+    Column("rule", Text, nullable=False, comment="The rule in words, with what it matched."),
+    Column("score", Double, nullable=False, comment="How sure, 0 to 1."),
+    Column("state", Text, nullable=False, comment="proposed, accepted or rejected."),
+    Column("actor", Text, nullable=False, comment="Who decided: layout:NAME, or a person."),
+    _now("at", "When the state was decided."),
+    UniqueConstraint("annotation_id", "image_id"),
+    # What was drawn once was drawn on one image.
+    Index("ix_pairing_accepted", "annotation_id", unique=True, postgresql_where=text("state = 'accepted'")),
+    CheckConstraint("state IN ('proposed', 'accepted', 'rejected')", name="state"),
+    CheckConstraint("score BETWEEN 0 AND 1", name="score"),
+    comment="Which annotation belongs to which image, and why.",
+)
+
+mask = Table(
+    "mask",
+    metadata,
+    Column("pairing_id", BigInteger, ForeignKey("pairing.id", ondelete="CASCADE"), primary_key=True, comment="Annotation and image."),
+    Column("rows", Integer, nullable=False, comment="Height of the image's grid in px."),
+    Column("columns", Integer, nullable=False, comment="Width of the image's grid in px."),
+    Column("box_row", Integer, nullable=False, server_default="0", comment="First row that bits cover."),
+    Column("box_column", Integer, nullable=False, server_default="0", comment="First column that bits cover."),
+    Column("box_rows", Integer, nullable=False, comment="Rows that bits cover: all, or above one megapixel the bounding box's."),
+    Column("box_columns", Integer, nullable=False, comment="Columns that bits cover."),
+    Column("bits", LargeBinary, nullable=False, comment="numpy.packbits of the box in C order, first pixel in the highest bit."),
+    Column("area_px", BigInteger, Computed("bit_count(bits)", persisted=True), nullable=False, comment="Pixels in the mask."),
+    CheckConstraint("length(bits) = (box_rows::bigint * box_columns + 7) / 8", name="bits_fill_box"),
+    CheckConstraint(
+        "box_row >= 0 AND box_column >= 0 AND box_row + box_rows <= rows AND box_column + box_columns <= columns", name="box_inside"
+    ),
+    comment="The raster of an annotation on its image.",
+)
+
+SUBJECTS = ("file_id", "image_id", "annotation_id", "pairing_id", "series_id", "study_id", "patient_id")
+
+flag = Table(
+    "flag",
+    metadata,
+    _id(),
+    Column("rule", Text, nullable=False, index=True, comment="Code of the rule that raised it."),
+    Column("rule_version", Integer, nullable=False, server_default="1", comment="Version of that rule."),
+    Column("severity", Text, nullable=False, comment="error, warning or info. Open errors keep a sample out of feeding."),
+    Column("state", Text, nullable=False, server_default="open", comment="open, resolved or false_positive."),
+    Column("detail", Text, nullable=False, comment="What was found, in words."),
+    Column("value", Double, comment="What was measured, where a number says it."),
+    _ref("file_id", "file", "Subject: a file.", nullable=True, index=False),
+    _ref("image_id", "image", "Subject: an image.", nullable=True, index=False),
+    _ref("annotation_id", "annotation", "Subject: an annotation.", nullable=True, index=False),
+    _ref("pairing_id", "pairing", "Subject: a pairing.", nullable=True, index=False),
+    _ref("series_id", "series", "Subject: a series.", nullable=True, index=False),
+    _ref("study_id", "study", "Subject: a study.", nullable=True, index=False),
+    _ref("patient_id", "patient", "Subject: a patient.", nullable=True, index=False),
+    Column("raised_by", Text, nullable=False, comment="ingest, loaderd, or a person."),
+    _now("raised_at", "When it was raised."),
+    Column("closed_by", Text, comment="Who closed it."),
+    Column("closed_at", DateTime(timezone=True), comment="When it was closed."),
+    Column("reason", Text, comment="Why it was closed."),
+    CheckConstraint("severity IN ('error', 'warning', 'info')", name="severity"),
+    CheckConstraint("state IN ('open', 'resolved', 'false_positive')", name="state"),
+    CheckConstraint(f"num_nonnulls({', '.join(SUBJECTS)}) = 1", name="one_subject"),
+    CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
+    # Raising the same finding twice leaves one open flag.
+    Index("ix_flag_open", "rule", *SUBJECTS, unique=True, postgresql_where=text("state = 'open'"), postgresql_nulls_not_distinct=True),
+    comment="A finding on a file, image, annotation, pairing, series, study or patient.",
+)
+
+# ------------------------------------------------------------------------------------------ feeding
+
+stream = Table(
+    "stream",
+    metadata,
+    _id(),
+    Column("name", Text, unique=True, comment="NULL for a stream defined by a Feed's arguments alone."),
+    Column("definition", JSONB, nullable=False, comment="What is fed: selection, structures, seed, batch size, …"),
+    Column("digest", LargeBinary, nullable=False, comment="sha256 of the definition as canonical JSON."),
+    _now("created_at", "When it was first asked for."),
+    Index("ix_stream_unnamed", "digest", unique=True, postgresql_where=text("name IS NULL")),
+    comment="A definition of what is fed.",
+)
+
+run = Table(
+    "run",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True, comment="The training's name; made up when none was given."),
+    Column("program_version", Text, nullable=False, comment="Version of scanfeed."),
+    Column("host", Text, nullable=False, comment="Machine of the daemon that opened it."),
+    _now("created_at", "When it was opened."),
+    comment="One training.",
+)
+
+epoch = Table(
+    "epoch",
+    metadata,
+    _id(),
+    _ref("run_id", "run", "The training.", index=False),
+    _ref("stream_id", "stream", "What is fed."),
+    Column("epoch", Integer, nullable=False, comment="Pass over the stream, from 0."),
+    Column("num_samples", BigInteger, nullable=False, comment="Positions planned."),
+    Column("catalog_changes", BigInteger, nullable=False, comment="Rows of catalog_change seen by the transaction that planned it."),
+    Column("order_sha256", LargeBinary, comment="sha256 of the sample keys in order; NULL until the whole order is stored."),
+    _now("planned_at", "When the order was taken."),
+    UniqueConstraint("run_id", "stream_id", "epoch"),
+    CheckConstraint("epoch >= 0 AND num_samples >= 0", name="counted"),
+    comment="One pass over a stream; its order lies in epoch_order.",
+)
+
+epoch_order = Table(
+    "epoch_order",
+    metadata,
+    Column("epoch_id", BigInteger, ForeignKey("epoch.id", ondelete="CASCADE"), primary_key=True, comment="Whose order."),
+    Column("part", Integer, primary_key=True, comment="Positions 1024 * part and following."),
+    Column("sample_ids", ARRAY(BigInteger), nullable=False, comment="image.id at each position."),
+    Column("annotation_ids", ARRAY(BigInteger), nullable=False, comment="One a position and structure, in the stream's order; 0: none."),
+    CheckConstraint("cardinality(sample_ids) BETWEEN 1 AND 1024", name="part"),
+    comment="The random permutation of an epoch, as the database made it: 1,024 positions a row.",
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    _id(),
+    _ref("epoch_id", "epoch", "Run, stream and epoch.", index=False),
+    Column("attempt", Integer, nullable=False, server_default="1", comment="Uninterrupted stretch of the run, from 1."),
+    Column("outcome", Text, nullable=False, comment="delivered (durable before it is announced), dropped, unreadable or revoked."),
+    Column("positions", INT8MULTIRANGE, nullable=False, comment="Positions of the epoch's order with that outcome."),
+    Column("acknowledged", INT8MULTIRANGE, nullable=False, server_default=text("'{}'"), comment="Of these, what the trainer went on from."),
+    Column("consumer", Text, nullable=False, comment="host:pid of the training process."),
+    _now("at", "When it became durable."),
+    UniqueConstraint("epoch_id", "attempt", "outcome", "positions"),
+    CheckConstraint("outcome IN ('delivered', 'dropped', 'unreadable', 'revoked')", name="outcome"),
+    CheckConstraint("attempt >= 1", name="attempt"),
+    CheckConstraint("NOT isempty(positions) AND acknowledged <@ positions", name="positions"),
+    comment="What was delivered to whom.",
+)
+
+# ------------------------------------------------------------------------------------------ bookkeeping
+
+catalog_change = Table(
+    "catalog_change",
+    metadata,
+    Column("xid", BigInteger, primary_key=True, comment="Transaction that changed what can be fed."),
+    Column("at", DateTime(timezone=True), primary_key=True, comment="When it began."),
+    comment="One row a transaction that touched the catalog, written by triggers; their count tells a daemon to plan again.",
+)
+
+sql_login = Table(
+    "sql_login",
+    metadata,
+    Column("role", Text, primary_key=True, comment="Login without write rights under which SQL given by users runs."),
+    Column("password", Text, nullable=False, comment="Its password; only the owner of the catalog can read this table."),
+    comment="The login for SQL that users give.",
+)
