@@ -143,6 +143,8 @@ _PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))
 _UNDEFINED = 0xFFFFFFFF
 # Below this the whole file is read at once: parsing asks for the position some 180 times, which memory answers 10 times faster.
 _READ_WHOLE = 8 * 1024 * 1024
+# A damaged Rows or Columns must not make a decoder ask for all memory there is: compressed data does not say how large it gets.
+_MOST_DECODED = 1 << 30
 _LITTLE_ENDIAN = (str(uids.ImplicitVRLittleEndian), str(uids.ExplicitVRLittleEndian))
 _NATIVE = (*_LITTLE_ENDIAN, str(uids.ExplicitVRBigEndian))
 # Groups hold the elements of PS3.3 C.7.6.16: where an element of a frame may stand in an enhanced object.
@@ -412,6 +414,10 @@ def _decoding(header: _Header) -> Iterator[None]:
         raise FileError("no-decoder", f"{_named(_TRANSFER_SYNTAX)} is {name}, which pydicom cannot decode") from None
     if not decoder.is_available:
         raise FileError("no-decoder", f"no decoder for {name} is installed; {advice}")
+    if header.frame_bytes > _MOST_DECODED:
+        raise FileError(
+            "unreadable", f"a frame would take {header.frame_bytes} bytes, more than the {_MOST_DECODED} that are decoded at once"
+        )
     try:
         yield
     except FileError:

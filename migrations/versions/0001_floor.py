@@ -115,6 +115,7 @@ LEFT JOIN (
            range_agg(positions) FILTER (WHERE outcome = 'unreadable') AS unreadable
     FROM ledger GROUP BY epoch_id
 ) c ON c.epoch_id = e.id
+WHERE e.started_at IS NOT NULL
 """
 
 LENGTH_OF = """
@@ -291,6 +292,12 @@ def upgrade() -> None:
         ),
         sa.Column(
             "planned_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False, comment="When the order was taken."
+        ),
+        sa.Column(
+            "started_at",
+            sa.DateTime(timezone=True),
+            nullable=True,
+            comment="When its first batch was asked for; NULL: prepared ahead, provisional.",
         ),
         sa.CheckConstraint("epoch >= 0 AND num_samples >= 0", name=op.f("ck_epoch_counted")),
         sa.ForeignKeyConstraint(["run_id"], ["run.id"], name=op.f("fk_epoch_run_id_run")),

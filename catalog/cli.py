@@ -1,0 +1,297 @@
+"""`catalog`: init, ingest, status, errors, sql, show."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from catalog.database import SQL_TIMEOUT_S, explain, open_database, schema_version, upgrade
+from catalog.errors import CatalogError, UsageError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Catalog of imaging studies.")
+
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option("--database", envvar="CATALOG_DATABASE_URL", help="PostgreSQL URL; without it the embedded database.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def init(database: DatabaseUrl = None) -> None:
+    """Make the database, or bring its schema up. Other commands do it by themselves on a fresh or embedded database."""
+    with open_database(database, migrate=False) as db:
+        before = upgrade(db)
+        now = schema_version(db)
+        typer.echo(f"{db.name}: schema {now}" + ("" if before == now else f" ({'new' if before is None else 'was ' + before})"))
+
+
+@app.command()
+def ingest(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the studies.")],
+    database: DatabaseUrl = None,
+    layout: Annotated[str, typer.Option(help="auto looks by itself; or sunnybrook.")] = "auto",
+    name: Annotated[str | None, typer.Option(help="The root's name; by default the folder's.", show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Reading processes; by default one a core.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be found; touches no database.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take in what is new or changed below a folder. Exit code 3: some files could not be used; see `catalog errors`."""
+    from catalog import ingest as ingesting
+
+    if dry_run:
+        chosen, found = ingesting.find(folder, layout)
+        counts = {"layout": chosen, "images": len(found.images), "annotations": len(found.annotations), "left_over": found.left_over}
+        problems = [asdict(problem) for problem in found.problems]
+        unpaired = [drawn.entry.path for drawn in found.annotations if drawn.folder is None]
+        if as_json:
+            typer.echo(json.dumps({**counts, "unpaired": unpaired, "problems": problems}, indent=2))
+        else:
+            typer.echo(
+                f"layout {chosen}: {len(found.images)} image files, {len(found.annotations)} annotations, {found.left_over} left over"
+            )
+            for path in unpaired:
+                typer.echo(f"  unpaired  {path}")
+            for problem in found.problems:
+                typer.echo(f"  problem   {problem.path}: {problem.message}")
+        raise typer.Exit(3 if problems else 0)
+    with open_database(database) as db, _progress("reading files") as progress:
+        summary = ingesting.ingest(db, folder, layout=layout, name=name, jobs=jobs, progress=progress, say=_say)
+    if as_json:
+        typer.echo(json.dumps(asdict(summary), indent=2))
+    else:
+        rate = f" ({summary.files_read / summary.seconds:.0f} files/s)" if summary.files_read else ", nothing new"
+        typer.echo(
+            f"{summary.root}: layout {summary.layout}: {summary.images} images, {summary.annotations} annotations: {summary.paired} paired, "
+            f"{summary.proposed} proposed, {summary.unpaired} unpaired; {summary.masks} masks; {summary.standing_errors} errors; "
+            f"{summary.files_read} files read in {summary.seconds:.1f} s{rate}"
+        )
+        if summary.missing:
+            typer.echo(f"{summary.missing} files are gone and were marked missing")
+    if summary.standing_errors:
+        _say(f"{summary.standing_errors} errors stand; see `catalog errors`")
+        raise typer.Exit(3)
+
+
+@app.command()
+def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Say what the catalog holds."""
+    with open_database(database) as db, db.connect() as conn:
+        counts = {
+            table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # type: ignore[index, arg-type]  # noqa: S608
+            for table in ("patient", "study", "series", "image", "annotation", "mask", "run")
+        }
+        roots = conn.execute(
+            "SELECT r.name, r.url, count(f.id), count(f.id) FILTER (WHERE f.state <> 'present') "
+            "FROM root r LEFT JOIN file f ON f.root_id = r.id GROUP BY r.id ORDER BY r.id"
+        ).fetchall()
+        samples = conn.execute(
+            "SELECT structure, count(*), count(*) FILTER (WHERE error_flags > 0) FROM sample GROUP BY 1 ORDER BY 1"
+        ).fetchall()
+        flags = conn.execute(
+            "SELECT rule, severity, count(*) FROM flag WHERE state = 'open' GROUP BY 1, 2 ORDER BY severity, rule"
+        ).fetchall()
+        version = schema_version(db)
+    if as_json:
+        found = {
+            "database": db.name,
+            "schema": version,
+            "rows": counts,
+            "roots": [dict(zip(("name", "url", "files", "not_present"), row, strict=True)) for row in roots],
+            "samples": [dict(zip(("structure", "samples", "with_errors"), row, strict=True)) for row in samples],
+            "open_flags": [dict(zip(("rule", "severity", "count"), row, strict=True)) for row in flags],
+        }
+        typer.echo(json.dumps(found, indent=2))
+        return
+    typer.echo(f"{db.name}, schema {version}")
+    typer.echo("  " + ", ".join(f"{count} {table if count == 1 else _plural(table)}" for table, count in counts.items()))
+    for name, url, files, away in roots:
+        typer.echo(f"  root {name}: {url}, {files} files" + (f", {away} missing or unreadable" if away else ""))
+    for structure, count, flagged in samples:
+        typer.echo(f"  samples of {structure}: {count}" + (f", {flagged} with open errors" if flagged else ""))
+    for rule, severity, count in flags:
+        typer.echo(f"  open flags {rule} ({severity}): {count}")
+    if not roots:
+        typer.echo("  nothing ingested yet: catalog ingest FOLDER")
+
+
+@app.command()
+def errors(
+    database: DatabaseUrl = None,
+    run: Annotated[int | None, typer.Option(help="Of this ingest; by default of each root's last.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what ingests could not take in."""
+    with open_database(database) as db, db.connect() as conn:
+        rows = conn.execute(
+            "SELECT e.ingest_run_id, r.name, e.path, e.stage, e.code, e.message FROM ingest_error e "
+            "JOIN ingest_run i ON i.id = e.ingest_run_id JOIN root r ON r.id = i.root_id "
+            "WHERE e.ingest_run_id = coalesce(%s, (SELECT max(o.id) FROM ingest_run o WHERE o.root_id = i.root_id)) ORDER BY e.id",
+            [run],
+        ).fetchall()
+    names = ("run", "root", "path", "stage", "code", "message")
+    if as_json:
+        typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2))
+    else:
+        for number, root, path, stage, code, message in rows:
+            typer.echo(f"run {number}  {root}/{path}  [{stage}: {code}]  {message}")
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One statement; views: sample, image_all, annotation_all, epoch_coverage.")],
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the statement may take.")] = SQL_TIMEOUT_S,
+) -> None:
+    """Ask the catalog in SQL, under a login that cannot write."""
+    import psycopg
+
+    if as_json and as_csv:
+        raise UsageError("--json and --csv: choose one")
+    with open_database(database) as db, db.read_only(timeout_s=timeout) as conn, conn.cursor() as cursor:
+        try:
+            # Prepared: the extended protocol carries one statement, so nothing can follow the first.
+            cursor.execute(query.encode(), prepare=True)
+            names = [column.name for column in cursor.description or ()]
+            rows = cursor.fetchall() if cursor.description else []
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise CatalogError(f"sql: refused: {error.diag.message_primary}; this login can only read") from error
+        except psycopg.errors.ReadOnlySqlTransaction as error:
+            raise CatalogError(f"sql: refused: {error.diag.message_primary}; this login can only read") from error
+        except psycopg.OperationalError as error:
+            raise explain(error, db) from error
+        except psycopg.Error as error:
+            raise CatalogError(f"sql: {error.diag.message_primary or str(error).splitlines()[0]}") from error
+    if as_json:
+        typer.echo(json.dumps([dict(zip(names, map(_plain, row), strict=True)) for row in rows], indent=2))
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([["" if value is None else _plain(value) for value in row] for row in rows])
+    else:
+        _print_table(names, [["" if value is None else str(_plain(value)) for value in row] for row in rows])
+
+
+@app.command()
+def show(
+    sample: Annotated[int, typer.Argument(help="A sample_id of the views sample and image_all.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG file to write.")],
+    database: DatabaseUrl = None,
+) -> None:
+    """Draw an image with its contours and masks."""
+    from catalog import show as showing
+
+    with open_database(database) as db:
+        png = showing.picture(db, sample)
+    output.write_bytes(png)
+    typer.echo(str(output))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON and CSV can carry it."""
+    if isinstance(value, memoryview | bytes):
+        return bytes(value).hex()
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, uuid.UUID) or (value is not None and not isinstance(value, str | int | float | bool | dict)):
+        return str(value)
+    return value
+
+
+def _print_table(names: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    numbers = [all(value.replace(".", "", 1).lstrip("-").isdigit() or not value for value in column) for column in zip(*rows, strict=True)]
+    for number, row in enumerate([names, *rows]):
+        cells = [
+            value.rjust(width) if numeric else value.ljust(width)
+            for value, width, numeric in zip(row, widths, numbers or [False] * len(names), strict=True)
+        ]
+        typer.echo("  ".join(cells).rstrip())
+        if number == 0:
+            typer.echo("  ".join("-" * width for width in widths))
+
+
+def _plural(noun: str) -> str:
+    return {"patient": "patients", "study": "studies", "series": "series"}.get(noun, noun + "s")
+
+
+def _say(line: str) -> None:
+    typer.echo(f"catalog: {line}", err=True)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show files/s and the time left on stderr, ten times a second; nothing when that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=10, transient=True) as bar:
+        task = bar.add_task(what, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.0f} files/s" if speed else "")
+
+        yield update
+
+
+# Typer exports neither, and since 0.16 carries a click of its own.
+_UsageError = typer.BadParameter.__bases__[0]
+_ClickException = _UsageError.__bases__[0]
+
+
+def run(command: typer.Typer, name: str) -> None:
+    """Run a command line: an expected error is one line on stderr and its exit code, Ctrl-C is 130."""
+    try:
+        sys.exit(command(prog_name=name, standalone_mode=False))
+    except CatalogError as error:
+        typer.echo(f"{name}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo(f"{name}: interrupted; the same command goes on where this one ended", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `catalog sql … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"{name}: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
+    except _ClickException as error:
+        if message := error.format_message().rstrip("."):  # type: ignore[attr-defined]  # empty: help was printed
+            typer.echo(f"{name}: {message}; see `{name} --help`", err=True)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of `catalog`."""
+    run(app, "catalog")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the daemon, its trainers and its workers say to each other: JSON over Unix sequenced-packet sockets, a message a packet.
+
+Messages carry numbers of slots and sizes, never pixels, and are never unpickled. They are bounded, so a peer cannot make the other
+side allocate; the attach message carries the protocol's version, and another version is refused with the remedy.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from catalog.embedded import default_home
+from catalog.errors import CatalogError
+
+PROTOCOL = 1
+LIMIT = 64 << 10  # bytes a message; in the steady state none is over 4 KiB
+FDS = 4
+SO_PEERPIDFD = 77  # since Linux 6.5; Python has no name for it
+PATH_LIMIT = 107  # bytes of a socket's address: sun_path less its end
+
+Message = dict[str, Any]
+
+
+class MessageError(CatalogError):
+    """What came is no message of this protocol."""
+
+
+def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
+    """Send one message, descriptors with it. Raises BlockingIOError if the peer does not read, BrokenPipeError if it is gone."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    if len(data) > LIMIT:
+        raise MessageError(f"a message of {len(data)} bytes is over the limit of {LIMIT}; shorten where= or structures=")
+    if fds:
+        socket.send_fds(sock, [data], fds)
+    else:
+        sock.send(data)
+
+
+def receive(sock: socket.socket) -> Message | None:
+    """Return the next message, None when the peer has closed. Raises BlockingIOError if there is none yet."""
+    data = sock.recv(LIMIT + 1)
+    return _parse(data) if data else None
+
+
+def receive_fds(sock: socket.socket) -> tuple[Message | None, list[int]]:
+    """As `receive`, with the descriptors that came; they are the caller's to close."""
+    data, ancillary, flags, _ = sock.recvmsg(LIMIT + 1, socket.CMSG_SPACE(FDS * 4), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise MessageError("more descriptors came than this protocol sends")
+    return (_parse(data) if data else None), list(fds)
+
+
+def _parse(data: bytes) -> Message:
+    if len(data) > LIMIT:
+        raise MessageError(f"a message is over the limit of {LIMIT} bytes")
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise MessageError("what came is not JSON") from error
+    if not isinstance(message, dict):
+        raise MessageError("what came is no JSON object")
+    return message
+
+
+def peer_pidfd(sock: socket.socket) -> tuple[int, int, int]:
+    """Return (pid, uid, pidfd) of the process that connected; the pidfd becomes readable when that process ends.
+
+    A hang-up alone is not enough: a forked child may keep the socket open after its parent's death.
+    """
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError:
+        pidfd = os.pidfd_open(pid)
+    return pid, uid, pidfd
+
+
+class Address:
+    """A Unix socket's path, also one over 107 bytes: reached through a descriptor of its folder (Linux)."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = -1
+        self.name = str(path)
+        if len(os.fsencode(path)) > PATH_LIMIT:
+            self._fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.name = f"/proc/self/fd/{self._fd}/{path.name}"
+
+    def __enter__(self) -> str:
+        return self.name
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def socket_path(identity: str) -> Path:
+    """Return where the user's daemon for a database listens; makes the folder, which no other user can enter.
+
+    The name carries the database's identity: a Feed never attaches to another database's daemon.
+    """
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
+    if not (runtime.is_dir() and runtime.stat().st_uid == os.getuid()):
+        runtime = default_home() / "run"
+        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return runtime / f"loaderd-{identity}.sock"

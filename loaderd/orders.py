@@ -1,0 +1,302 @@
+"""What a stream feeds, and the database's random order of it.
+
+The order is SQL's alone: ``ORDER BY uuid_hash_extended(sample_key, hashint8extended(epoch, seed)), sample_key``. No Python shuffles
+ids. It follows from what the samples are, so the same seed and content give the same order on any PostgreSQL, after dump and
+restore, with any number of workers. (``hashint8extended`` on a bigint key would fold it to 32 bits first, and the same neighbours
+would stay together in every epoch.)
+
+The selection holds SQL that a user gave (``where``), so it runs under the login without write rights; what it returns is stored
+by the owner, 1,024 positions a row. Of a large epoch the first 4,096 positions are taken by a top-N sort and stored at once, in the
+same REPEATABLE READ snapshot as the full sort, so that training starts before that is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg import IsolationLevel, sql
+
+from catalog.database import Database, explain
+from catalog.errors import CatalogError, UsageError
+
+PART = 1_024  # positions a row of epoch_order
+FIRST = 4 * PART  # taken ahead by a top-N sort
+LARGE = 100_000  # samples from which the full sort is worth not waiting for (25 ms)
+SELECT_TIMEOUT_S = 600  # for the selection, which holds a user's SQL
+DTYPES = ("float16", "float32", "float64")
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a stream feeds. Everything that changes a batch's content is here, and nothing else."""
+
+    structures: tuple[str, ...] = ()
+    where: str | None = None
+    limit: int | None = None
+    include_flagged: bool = False
+    require: str = "all"
+    batch_size: int = 8
+    seed: int = 0
+    shuffle: bool = True
+    tail: str = "short"
+    dtype: str = "float32"
+    on_error: str = "skip"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("require", ("all", "any")),
+            ("tail", ("short", "drop", "pad")),
+            ("dtype", DTYPES),
+            ("on_error", ("skip", "blank", "stop")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
+        if not isinstance(self.batch_size, int) or not 1 <= self.batch_size <= 65_536:
+            raise UsageError(f"batch_size={self.batch_size!r}: must be a whole number from 1 to 65536")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"seed={self.seed!r}: must be a whole number of 64 bits, since the database hashes with it")
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise UsageError(f"limit={self.limit!r}: must be a whole number from 1 on")
+        if len(set(self.structures)) != len(self.structures) or not all(isinstance(name, str) and name for name in self.structures):
+            raise UsageError(f"structures={list(self.structures)!r}: must be different names")
+
+    @classmethod
+    def from_json(cls, given: object) -> Definition:
+        """Return the definition that a client sent. Raises UsageError for anything that is none."""
+        names = set(cls.__dataclass_fields__)
+        if not isinstance(given, dict) or not set(given) <= names:
+            raise UsageError(f"a stream's definition has the fields {', '.join(sorted(names))}")
+        structures, where = given.get("structures", []), given.get("where")
+        if not isinstance(structures, list) or not (where is None or isinstance(where, str)):
+            raise UsageError("structures must be a list of names and where a text")
+        return cls(**{**given, "structures": tuple(structures)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON keeps it."""
+        return {**self.__dict__, "structures": list(self.structures)}
+
+    def digest(self) -> bytes:
+        """Return sha256 of the definition as canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).digest()
+
+
+@dataclass
+class Plan:
+    """An epoch whose order is stored, at least in part."""
+
+    epoch_id: int
+    epoch: int
+    num_samples: int
+    catalog_changes: int
+    stored: int = 0  # positions
+    failed: BaseException | None = None
+    _grew: threading.Condition = field(default_factory=threading.Condition, repr=False)
+
+    def wait_for(self, positions: int) -> None:
+        """Return when that many positions are stored. Raises what kept the rest from being stored."""
+        with self._grew:
+            self._grew.wait_for(lambda: self.stored >= positions or self.failed is not None)
+            if self.stored < positions and self.failed is not None:
+                raise self.failed
+
+    def grew(self, stored: int, failed: BaseException | None = None) -> None:
+        """Tell waiting threads how far the order is stored."""
+        with self._grew:
+            self.stored, self.failed = max(self.stored, stored), failed
+            self._grew.notify_all()
+
+
+def selection(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
+    """Return the query of what a stream feeds, and its parameters: sample_id, sample_key, annotation_ids, rows, columns.
+
+    A `where` of the user's stands in it as text: it is checked to be one expression, and the login it runs under cannot write.
+    """
+    parameters: dict[str, Any] = {"structures": list(definition.structures), "limit": definition.limit}
+    conditions = [sql.SQL("path IS NOT NULL")]
+    if not definition.include_flagged:
+        conditions.append(sql.SQL("error_flags = 0"))
+    if definition.where is not None:
+        # The newline ends a comment that the text may end with; % is doubled for psycopg.
+        conditions.append(_text("(" + definition.where.replace("%", "%%") + "\n)"))
+    if definition.structures:
+        conditions.append(sql.SQL("structure = ANY(%(structures)s) AND area_px IS NOT NULL AND origin NOT IN ('interpolated', 'proposed')"))
+        which = sql.SQL(", ").join(
+            sql.SQL("coalesce(max(annotation_id) FILTER (WHERE structure = {}), 0)").format(sql.Literal(name))
+            for name in definition.structures
+        )
+        query = sql.SQL(
+            "SELECT sample_id, sample_key, ARRAY[{which}]::bigint[] AS annotation_ids, rows, columns FROM sample WHERE {conditions} "
+            "GROUP BY sample_id, sample_key, rows, columns"
+        ).format(which=which, conditions=sql.SQL(" AND ").join(conditions))
+        if definition.require == "all" and len(definition.structures) > 1:
+            query += sql.SQL(" HAVING count(*) = cardinality(%(structures)s)")
+    else:
+        query = sql.SQL("SELECT sample_id, sample_key, '{{}}'::bigint[] AS annotation_ids, rows, columns FROM image_all WHERE {}").format(
+            sql.SQL(" AND ").join(conditions)
+        )
+    if definition.limit is not None:
+        query = sql.SQL("SELECT * FROM ({}) AS everything ORDER BY sample_key LIMIT %(limit)s").format(query)
+    return query, parameters
+
+
+def check_where(conn: Connection, definition: Definition) -> None:
+    """Raise UsageError unless the user's `where` is one boolean expression over the view.
+
+    Between brackets and between CASE and END it must parse both times: text that closes a bracket to say more fails in one of them.
+    """
+    if definition.where is None:
+        return
+    view = "sample" if definition.structures else "image_all"
+    for before, after in (("(", "\n)"), ("CASE WHEN ", "\nTHEN true END")):
+        try:
+            # A prepared statement is one statement: the extended protocol refuses a second.
+            condition = _text(before + definition.where.replace("%", "%%") + after)
+            conn.execute(sql.SQL("SELECT 1 FROM {} WHERE {} LIMIT 0").format(sql.Identifier(view), condition), {}, prepare=True)
+        except psycopg.Error as error:
+            conn.rollback()
+            reason = error.diag.message_primary or str(error)
+            raise UsageError(f"where={definition.where!r}: {reason}; it must be an SQL condition over the view {view}") from error
+    conn.rollback()
+
+
+def shapes(conn: Connection, definition: Definition) -> dict[tuple[int, int], int]:
+    """Return (rows, columns) → number of samples of what the stream would feed now."""
+    query, parameters = selection(definition)
+    counted = sql.SQL("SELECT rows, columns, count(*) FROM ({}) AS s GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2").format(query)
+    return {(rows, columns): count for rows, columns, count in conn.execute(counted, parameters, prepare=True)}
+
+
+def one_shape(found: dict[tuple[int, int], int], definition: Definition) -> tuple[int, int]:
+    """Return the only (rows, columns), or raise UsageError saying which there are and what to pass."""
+    if not found:
+        what = f"structures={list(definition.structures)!r}" if definition.structures else "image"
+        raise UsageError(f"the stream is empty: no sample fits {what}, where={definition.where!r}; see `catalog status`")
+    if len(found) > 1:
+        listed = ", ".join(f"{rows}×{columns} ({count})" for (rows, columns), count in found.items())
+        rows, columns = next(iter(found))
+        raise UsageError(
+            f"images of {len(found)} shapes cannot share a batch: {listed} (rows×columns, samples); "
+            f'pass where="rows = {rows} and columns = {columns}"'
+        )
+    return next(iter(found))
+
+
+class Planner:
+    """Takes and stores the orders of one stream in one run. Used by one thread; holds two connections."""
+
+    def __init__(self, database: Database, definition: Definition, run_id: int, stream_id: int) -> None:
+        self.database, self.definition = database, definition
+        self.run_id, self.stream_id = run_id, stream_id
+        self.reading = database.read_only(timeout_s=SELECT_TIMEOUT_S)
+        self.reading.isolation_level = IsolationLevel.REPEATABLE_READ
+        self.writing = database.connect(application_name="loaderd order")
+        self._rest: threading.Thread | None = None
+
+    def plan(self, epoch: int, shape: tuple[int, int]) -> Plan:
+        """Take an epoch's order and store it, all or (of a large one) the first 4,096 positions; the rest follows by a thread."""
+        if self._rest is not None:
+            self._rest.join()  # it has the connections
+        try:
+            self.reading.rollback()
+            self.writing.rollback()
+            changes = _one(self.reading, "SELECT count(*) FROM catalog_change")
+            found = shapes(self.reading, self.definition)
+            if one_shape(found, self.definition) != shape:
+                now = "×".join(map(str, next(iter(found))))
+                raise CatalogError(f"the catalog's images changed from {shape[0]}×{shape[1]} to {now} between epochs; start a new Feed")
+            num_samples = sum(found.values())
+            self.writing.execute(
+                "DELETE FROM epoch WHERE run_id = %s AND stream_id = %s AND epoch = %s AND started_at IS NULL",
+                [self.run_id, self.stream_id, epoch],
+            )
+            epoch_id = _one(
+                self.writing,
+                "INSERT INTO epoch (run_id, stream_id, epoch, num_samples, catalog_changes) VALUES (%s, %s, %s, %s, %s) RETURNING id",
+                [self.run_id, self.stream_id, epoch, num_samples, changes],
+            )
+            plan = Plan(epoch_id, epoch, num_samples, changes)
+            if num_samples < LARGE:
+                self._store(plan, self._parts(epoch))
+                self.reading.rollback()
+                return plan
+            for part, samples, drawn, _ in self._parts(epoch, first=FIRST):
+                self._insert(plan, part, samples, drawn)
+            self.writing.commit()
+            plan.grew(FIRST)
+        except psycopg.Error as error:
+            raise explain(error, self.database) from error
+        self._rest = threading.Thread(target=self._store_rest, args=(plan,), name="order", daemon=True)
+        self._rest.start()
+        return plan
+
+    def close(self) -> None:
+        """Give up both connections."""
+        self.reading.close()
+        self.writing.close()
+
+    def _store_rest(self, plan: Plan) -> None:
+        try:
+            self._store(plan, self._parts(plan.epoch))
+            self.reading.rollback()
+        except BaseException as error:
+            plan.grew(plan.stored, error)
+
+    def _store(self, plan: Plan, parts: Iterator[tuple[int, list[int], list[int], bytes]]) -> None:
+        digest = hashlib.sha256()
+        stored = 0
+        for part, samples, drawn, keys in parts:
+            digest.update(keys)
+            stored += len(samples)
+            if stored > plan.stored:
+                self._insert(plan, part, samples, drawn)
+        self.writing.execute("UPDATE epoch SET order_sha256 = %s WHERE id = %s", [digest.digest(), plan.epoch_id])
+        self.writing.commit()
+        plan.grew(stored)
+
+    def _insert(self, plan: Plan, part: int, samples: list[int], drawn: list[int]) -> None:
+        self.writing.execute(
+            "INSERT INTO epoch_order (epoch_id, part, sample_ids, annotation_ids) VALUES (%s, %s, %s, %s)",
+            [plan.epoch_id, part, samples, drawn],
+        )
+
+    def _parts(self, epoch: int, first: int | None = None) -> Iterator[tuple[int, list[int], list[int], bytes]]:
+        """Yield (part, sample ids, annotation ids, sample keys) in the epoch's order."""
+        query, parameters = selection(self.definition)
+        order = order_by(self.definition)
+        limit = sql.SQL("") if first is None else sql.SQL(" ORDER BY {} LIMIT {}").format(order, sql.Literal(first))
+        drawn_here = sql.SQL("array_agg(annotation_ids ORDER BY position)" if self.definition.structures else "NULL")
+        whole = sql.SQL(
+            "SELECT (position / 1024)::integer, array_agg(sample_id ORDER BY position), {drawn}, "
+            "string_agg(uuid_send(sample_key), '' ORDER BY position) FROM ("
+            "SELECT *, row_number() OVER (ORDER BY {order}) - 1 AS position FROM (SELECT * FROM ({query}) AS fed{limit}) AS taken"
+            ") AS placed GROUP BY 1 ORDER BY 1"
+        ).format(drawn=drawn_here, order=order, query=query, limit=limit)
+        with self.reading.cursor(binary=True) as cursor:
+            for part, samples, drawn, keys in cursor.stream(whole, {**parameters, "epoch": epoch, "seed": self.definition.seed}):
+                yield part, samples, [annotation for row in drawn or [] for annotation in row], bytes(keys)
+
+
+def order_by(definition: Definition) -> sql.SQL:
+    """Return the ORDER BY of an epoch, over ``sample_key`` and the parameters epoch and seed."""
+    if not definition.shuffle:
+        return sql.SQL("sample_key")
+    return sql.SQL("uuid_hash_extended(sample_key, hashint8extended(%(epoch)s::bigint, %(seed)s::bigint)), sample_key")
+
+
+def _text(query: str) -> sql.SQL:
+    # The only place where text from a user becomes SQL; see check_where.
+    return sql.SQL(query)
+
+
+def _one(conn: Connection, query: LiteralString, parameters: list[Any] | None = None) -> int:
+    row = conn.execute(query, parameters).fetchone()
+    assert row is not None
+    return int(row[0])

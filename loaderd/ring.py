@@ -1,0 +1,182 @@
+"""A stream's ring: one memfd, allocated and faulted in once, cut into slots of one batch each. Used on both sides.
+
+::
+
+    slot i at i * stride, stride a multiple of the page
+      0         header: generation, epoch, index, samples, as int64
+      64        sample_ids   int64 (B,)         -1 where there is no sample
+      …         sample_keys  uint8 (B, 16)
+      …         valid        bool  (B,)
+      …         present      bool  (B, K)
+      images    dtype (B, rows, columns)        on a page of its own
+      masks     bool  (B, K, rows, columns)     on a page of its own; K = 0: none
+
+Copying 16 MiB takes 0.6 ms into a warm ring and 13 ms into fresh shared memory; so the pages are made once and kept. A memfd has
+no name: nothing stays in ``/dev/shm`` after any kill -9, and Docker's 64 MB limit there does not hold for it. It is sealed against
+resizing, so no mapping can be cut short under a reader. Trainers get the descriptor reopened read-only: that keeps them from
+accidents, not a hostile process of the same user, which could trace the daemon anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catalog.errors import CatalogError
+
+PAGE = 4096
+HEADER = 64
+RING_BYTES = 256 << 20  # what the default number of slots aims at
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies in a ring. Sizes in samples, px and slots."""
+
+    batch_size: int
+    structures: int
+    rows: int
+    columns: int
+    dtype: str
+    slots: int
+
+    @property
+    def images_at(self) -> int:
+        """Byte in the slot where the images begin."""
+        return _pages(HEADER + self.batch_size * (8 + 16 + 1 + self.structures))
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image."""
+        return self.rows * self.columns * np.dtype(self.dtype).itemsize
+
+    @property
+    def masks_at(self) -> int:
+        """Byte in the slot where the masks begin."""
+        return self.images_at + _pages(self.batch_size * self.image_bytes)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from slot to slot."""
+        return self.masks_at + _pages(self.batch_size * self.structures * self.rows * self.columns)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the ring."""
+        return self.stride * self.slots
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as messages carry it."""
+        return asdict(self)
+
+
+def layout_for(*, batch_size: int, structures: int, rows: int, columns: int, dtype: str, slots: int | None) -> Layout:
+    """Return the layout; without `slots` as many as fit 256 MiB, at least 4 and at most 16."""
+    one = Layout(batch_size, structures, rows, columns, dtype, slots=1)
+    return Layout(batch_size, structures, rows, columns, dtype, slots or max(4, min(16, RING_BYTES // one.stride)))
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Views on one slot; they share one base array, so that its end is the end of the last of them."""
+
+    base: NDArray[np.uint8]
+    header: NDArray[np.int64]
+    sample_ids: NDArray[np.int64]
+    sample_keys: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+    present: NDArray[np.bool_]
+    images: NDArray[Any]
+    masks: NDArray[np.bool_]
+
+
+class Ring:
+    """A mapping of a ring, for as long as any view on it lives."""
+
+    def __init__(self, fd: int, layout: Layout, *, writable: bool = False) -> None:
+        """Map a ring that somebody else may have made; the descriptor stays the caller's.
+
+        Raises:
+            CatalogError: If it is not of that size, or not sealed against resizing.
+        """
+        if os.fstat(fd).st_size != layout.size or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise CatalogError("the ring is not of the size that was announced, or could still shrink under its readers; not mapped")
+        self.layout = layout
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        # Faulted in now: the first epoch is not to pay 4 KiB by 4 KiB.
+        self._map = mmap.mmap(fd, layout.size, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection)
+
+    def slot(self, number: int) -> Slot:
+        """Return new views on a slot, on a base array of their own (numpy collapses chains of views to it)."""
+        layout = self.layout
+        batch, structures, frame = layout.batch_size, layout.structures, (layout.rows, layout.columns)
+        base = np.frombuffer(self._map, np.uint8, count=layout.stride, offset=number * layout.stride)
+        at = HEADER
+        sample_ids = base[at : (at := at + 8 * batch)].view(np.int64)
+        sample_keys = base[at : (at := at + 16 * batch)].reshape(batch, 16)
+        valid = base[at : (at := at + batch)].view(np.bool_)
+        present = base[at : at + batch * structures].view(np.bool_).reshape(batch, structures)
+        images = base[layout.images_at : layout.images_at + batch * layout.image_bytes].view(layout.dtype).reshape(batch, *frame)
+        mask_bytes = batch * structures * layout.rows * layout.columns
+        masks = base[layout.masks_at : layout.masks_at + mask_bytes].view(np.bool_).reshape(batch, structures, *frame)
+        return Slot(base, base[:HEADER].view(np.int64), sample_ids, sample_keys, valid, present, images, masks)
+
+
+def create(layout: Layout) -> int:
+    """Return the descriptor of a new ring, every page allocated, sealed against resizing.
+
+    Raises:
+        CatalogError: If there is no room for it.
+    """
+    if layout.size > _available():  # asking for more would not fail but wake the kernel's OOM killer
+        raise CatalogError(_no_room(layout, f"{_available() / 2**20:.0f} MiB of memory are available"))
+    fd = os.memfd_create("loaderd-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.fchmod(fd, 0o600)
+        os.posix_fallocate(fd, 0, layout.size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINVAL, errno.EDQUOT):
+            raise CatalogError(_no_room(layout, str(error.strerror))) from error
+        raise
+    return fd
+
+
+@contextlib.contextmanager
+def read_only(fd: int) -> Iterator[int]:
+    """Give the same memory under a descriptor that cannot write; closed at the end."""
+    reopened = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield reopened
+    finally:
+        os.close(reopened)
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return sys.maxsize
+
+
+def _no_room(layout: Layout, why: str) -> str:
+    return (
+        f"the ring needs {layout.size / 2**20:.0f} MiB ({layout.slots} slots of {layout.stride / 2**20:.1f} MiB) and there is no room "
+        f"for it: {why}; pass a smaller batch_size or fewer slots"
+    )
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE

@@ -1,0 +1,257 @@
+"""The thread of a stream that speaks with the database: plans epochs, fetches work, keeps the ledger.
+
+The daemon's loop must never wait for PostgreSQL. It puts commands into a queue; this thread carries them out one after the other and
+posts what came of them. Work is fetched about 1,000 positions at a time by one query, in which the server itself writes each
+sample's row as JSON: here it is passed on to the workers unread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from catalog.database import Database, explain
+from catalog.errors import CatalogError, DatabaseError
+from loaderd import ledger, orders
+from loaderd.ledger import Span
+from loaderd.orders import Definition, Plan
+
+CHUNK = 1_024  # positions a query, rounded down to whole batches
+
+# `boxes` and `bits` hold the masks in the order of the stream's structures, null and nothing where there is none.
+# The annotations are those of the order, not those that are current now: an epoch is fed as it was planned.
+WORK = """
+SELECT convert_to(json_build_array(
+           i.id, encode(uuid_send(i.sample_key), 'hex'), ro.url, f.path, f.size, f.mtime_ns, l.byte_offset, l.byte_length, l.dtype,
+           i.slope, i.intercept, i.frame, i.rows, i.columns, n.sop_instance_uid, encode(i.pixel_hash, 'hex'), m.boxes)::text, 'UTF8'),
+       coalesce(m.bits, '')
+FROM epoch_order e
+CROSS JOIN LATERAL unnest(e.sample_ids) WITH ORDINALITY AS s (id, n)
+JOIN image i ON i.id = s.id
+JOIN instance n ON n.id = i.instance_id
+LEFT JOIN location l ON l.image_id = i.id AND l.preferred
+LEFT JOIN file f ON f.id = l.file_id
+LEFT JOIN root ro ON ro.id = f.root_id
+LEFT JOIN LATERAL (
+    SELECT json_agg(CASE WHEN k.bits IS NULL THEN NULL ELSE json_build_array(k.box_row, k.box_column, k.box_rows, k.box_columns) END
+                    ORDER BY a.k) AS boxes,
+           string_agg(k.bits, '' ORDER BY a.k) AS bits
+    FROM generate_series(1, %(structures)s) AS a (k)
+    LEFT JOIN pairing p ON p.annotation_id = e.annotation_ids[(s.n - 1) * %(structures)s + a.k] AND p.image_id = i.id
+    LEFT JOIN mask k ON k.pairing_id = p.id
+) m ON true
+WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / 1024 AND (%(end)s - 1) / 1024
+  AND e.part * 1024 + s.n - 1 >= %(first)s AND e.part * 1024 + s.n - 1 < %(end)s
+ORDER BY e.part, s.n
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The stream is open: its run, the shape of its images and how many samples it has now."""
+
+    run: str
+    rows: int
+    columns: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An epoch's order is stored (of a large one, its beginning)."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The epoch that was prepared is final, and this reservation is durable (None: it had fetched nothing)."""
+
+    plan: Plan
+    ledger_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Work for positions first … end: a row and the masks' bits for each. `ledger_id`: reserved already."""
+
+    plan: Plan
+    span: Span
+    work: list[tuple[bytes, bytes]]
+    ledger_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A command failed; the stream ends with this."""
+
+    error: CatalogError
+
+
+Event = Opened | Planned | Started | Fetched | Failed
+
+
+class Supply:
+    """Carries out a stream's commands in order; `post` is called with what came of them, from this thread."""
+
+    def __init__(
+        self, database: Database, definition: Definition, *, run: str | None, consumer: str, post: Callable[[Event], None]
+    ) -> None:
+        self.database, self.definition, self.consumer = database, definition, consumer
+        self.post = post
+        self.attempt = 1
+        self._run_name = run
+        self._commands: queue.SimpleQueue[Callable[[], Event | None] | None] = queue.SimpleQueue()
+        self._conn: psycopg.Connection[tuple[Any, ...]]
+        self._planner: orders.Planner | None = None
+        self._shape = (0, 0)
+        self._thread = threading.Thread(target=self._run, name="supply", daemon=True)
+        self._thread.start()
+
+    # Commands: called by the loop, carried out by the thread.
+
+    def plan(self, epoch: int) -> None:
+        """Plan an epoch ahead; posts `Planned`."""
+        self._commands.put(lambda: self._plan(epoch))
+
+    def begin(self, plan: Plan, fetched: Span | None) -> None:
+        """Make an epoch final if the catalog is still as it was: posts `Started`, else plans again and posts `Planned`."""
+        self._commands.put(lambda: self._begin(plan, fetched))
+
+    def fetch(self, plan: Plan, span: Span, *, reserve: bool) -> None:
+        """Fetch work; posts `Fetched`."""
+        self._commands.put(lambda: self._fetch(plan, span, reserve=reserve))
+
+    def settle(self, ledger_id: int, announced: Sequence[Span], acknowledged: Sequence[Span]) -> None:
+        """Say what of a reservation was announced and acknowledged."""
+        self._commands.put(lambda: self._settle(ledger_id, announced, acknowledged))
+
+    def note(self, plan: Plan, outcome: str, spans: Sequence[Span]) -> None:
+        """Note positions that were dropped or unreadable."""
+        self._commands.put(lambda: self._note(plan, outcome, spans))
+
+    def flag(self, sample_id: int, code: str, message: str) -> None:
+        """Flag the file of an image that could not be read."""
+        self._commands.put(lambda: self._flag(sample_id, code, message))
+
+    def moved(self, root: str, path: str, size: int, mtime_ns: int, offset: int | None, sample_id: int) -> None:
+        """Bring up the row of a file whose size or time changed around the same pixels."""
+        self._commands.put(lambda: self._moved(root, path, size, mtime_ns, offset, sample_id))
+
+    def close(self) -> None:
+        """Carry out what was asked for so far, then end."""
+        self._commands.put(None)
+
+    @property
+    def alive(self) -> bool:
+        """Is it still carrying out commands?"""
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it ended, after `close`."""
+        self._thread.join(timeout_s)
+
+    # The thread.
+
+    def _run(self) -> None:
+        """Open the stream, then carry out commands until `close`."""
+        try:
+            try:
+                self.post(self._open())
+                while (command := self._commands.get()) is not None:
+                    event = command()
+                    if event is not None:
+                        self.post(event)
+                self._forget_provisional()
+            except psycopg.Error as error:
+                self.post(Failed(explain(error, self.database)))
+            except CatalogError as error:
+                self.post(Failed(error))
+            except Exception as error:  # a bug of ours must not leave a trainer waiting for ever
+                self.post(Failed(CatalogError(f"{type(error).__name__}: {error}; this is a bug in scanfeed")))
+        finally:
+            if self._planner is not None:
+                self._planner.close()
+            if hasattr(self, "_conn"):
+                self._conn.close()
+
+    def _open(self) -> Opened:
+        self._conn = self.database.connect(application_name="loaderd")
+        with self.database.read_only(timeout_s=orders.SELECT_TIMEOUT_S) as reading:
+            orders.check_where(reading, self.definition)
+            found = orders.shapes(reading, self.definition)
+        self._shape = orders.one_shape(found, self.definition)
+        stream_id = ledger.open_stream(self._conn, self.definition)
+        run_id, run = ledger.open_run(self._conn, self._run_name, stream_id)
+        self._conn.commit()
+        self._planner = orders.Planner(self.database, self.definition, run_id, stream_id)
+        return Opened(run, *self._shape, num_samples=sum(found.values()))
+
+    def _plan(self, epoch: int) -> Planned:
+        assert self._planner is not None
+        return Planned(self._planner.plan(epoch, self._shape))
+
+    def _begin(self, plan: Plan, fetched: Span | None) -> Event:
+        if ledger.changes(self._conn) != plan.catalog_changes:
+            self._conn.rollback()
+            plan = self._plan(plan.epoch).plan
+            fetched = None
+        ledger.start_epoch(self._conn, plan.epoch_id)
+        ledger_id = None if fetched is None else ledger.reserve(self._conn, plan.epoch_id, self.attempt, fetched, self.consumer)
+        self._conn.commit()
+        return Started(plan, ledger_id)
+
+    def _fetch(self, plan: Plan, span: Span, *, reserve: bool) -> Fetched:
+        plan.wait_for(span[1])
+        parameters = {"epoch": plan.epoch_id, "first": span[0], "end": span[1], "structures": len(self.definition.structures)}
+        with self._conn.cursor(binary=True) as cursor:
+            work = cursor.execute(WORK, parameters).fetchall()
+        if len(work) != span[1] - span[0]:
+            raise DatabaseError(
+                f"epoch {plan.epoch}: {span[1] - span[0]} positions were asked for and {len(work)} found; was an image erased?"
+            )
+        ledger_id = ledger.reserve(self._conn, plan.epoch_id, self.attempt, span, self.consumer) if reserve else None
+        self._conn.commit()
+        return Fetched(plan, span, work, ledger_id)
+
+    def _settle(self, ledger_id: int, announced: Sequence[Span], acknowledged: Sequence[Span]) -> None:
+        ledger.settle(self._conn, ledger_id, announced, acknowledged)
+        self._conn.commit()
+
+    def _note(self, plan: Plan, outcome: str, spans: Sequence[Span]) -> None:
+        ledger.note(self._conn, plan.epoch_id, self.attempt, outcome, spans, self.consumer)
+        self._conn.commit()
+
+    def _flag(self, sample_id: int, code: str, message: str) -> None:
+        self._conn.execute(
+            "INSERT INTO flag (rule, severity, detail, file_id, raised_by) "
+            "SELECT 'FEED-UNREADABLE', 'error', %s, file_id, 'loaderd' FROM location WHERE image_id = %s AND preferred "
+            "ON CONFLICT DO NOTHING",
+            [f"{code}: {message}", sample_id],
+        )
+        self._conn.commit()
+
+    def _moved(self, root: str, path: str, size: int, mtime_ns: int, offset: int | None, sample_id: int) -> None:
+        row = self._conn.execute(
+            "UPDATE file f SET size = %s, mtime_ns = %s FROM root r WHERE r.id = f.root_id AND r.url = %s AND f.path = %s RETURNING f.id",
+            [size, mtime_ns, root, path],
+        ).fetchone()
+        if row is not None:
+            self._conn.execute(
+                "UPDATE location SET byte_offset = %s WHERE image_id = %s AND file_id = %s AND dtype IS NOT NULL AND byte_offset <> %s",
+                [offset, sample_id, row[0], offset],
+            )
+        self._conn.commit()
+
+    def _forget_provisional(self) -> None:
+        if self._planner is not None:
+            self._conn.execute(
+                "DELETE FROM epoch WHERE run_id = %s AND stream_id = %s AND started_at IS NULL",
+                [self._planner.run_id, self._planner.stream_id],
+            )
+            self._conn.commit()
