@@ -261,8 +261,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 # Typer exports neither, and since 0.16 carries a click of its own.
-_UsageError = typer.BadParameter.__bases__[0]
-_ClickException = _UsageError.__bases__[0]
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def run(command: typer.Typer, name: str) -> None:
@@ -283,7 +282,7 @@ def run(command: typer.Typer, name: str) -> None:
         typer.echo(f"{name}: {where}{error.strerror or error}", err=True)
         sys.exit(1)
     except _ClickException as error:
-        if message := error.format_message().rstrip("."):  # type: ignore[attr-defined]  # empty: help was printed
+        if message := error.format_message().rstrip("."):  # type: ignore[attr-defined] # empty: help was printed
             typer.echo(f"{name}: {message}; see `{name} --help`", err=True)
         sys.exit(2)
 

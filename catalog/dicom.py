@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from pydicom import uid as uids
-from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.charset import decode_bytes
 from pydicom.dataset import Dataset
 from pydicom.filereader import dcmread, read_partial
 from pydicom.pixels import get_decoder, iter_pixels, pixel_array
@@ -228,7 +228,10 @@ def decode_frame(path: Path | str, frame: int) -> Array:
         if not 0 <= frame < header.number_of_frames:
             raise FileError("unreadable", f"frame {frame} is not in it: it holds {header.number_of_frames}, counted from 0")
         with _decoding(header):
-            return _native(pixel_array(_pixel_source(file, header), index=frame))
+            if _single_bits(header):
+                return _unpacked(file, header, frame)
+            decoded = pixel_array(_pixel_source(file, header), index=frame)
+            return np.ascontiguousarray(decoded, dtype=decoded.dtype.newbyteorder("="))
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +362,9 @@ def _hash_frames(file: BinaryIO, header: _Header) -> tuple[str | None, list[byte
             return dtype.str, hashes
     with _decoding(header):
         # The first frames only: pydicom yields more where the pixel data has room for more than the header says.
-        decoded = zip(range(header.number_of_frames), iter_pixels(_pixel_source(file, header)), strict=False)
+        indices = range(header.number_of_frames)
+        every = (_unpacked(file, header, at) for at in indices) if _single_bits(header) else iter_pixels(_pixel_source(file, header))
+        decoded = zip(indices, every, strict=False)
         hashes = [hashlib.sha256(np.ascontiguousarray(frame, frame.dtype.newbyteorder("<")).data).digest() for _, frame in decoded]
     if len(hashes) != header.number_of_frames:
         raise FileError("truncated", f"{_named(_PIXEL_DATA)} has {len(hashes)} frames where the header says {header.number_of_frames}")
@@ -436,8 +441,20 @@ def _decoding(header: _Header) -> Iterator[None]:
         raise FileError("unreadable", f"its pixels cannot be decoded as {name}: {type(error).__name__}: {reason}") from None
 
 
-def _native(array: Array) -> Array:
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+def _single_bits(header: _Header) -> bool:
+    # pydicom 3.0.2 reads too few bytes for a frame that straddles one byte more than its own length takes.
+    return (
+        header.bits_allocated == header.bits_stored == header.samples == 1 and header.transfer_syntax in _LITTLE_ENDIAN and header.integers
+    )
+
+
+def _unpacked(file: BinaryIO, header: _Header, index: int) -> Array:
+    """Return a frame of single bits as uint8: bits run on across rows and frames, the first in the lowest place (PS3.5 8.1.1, 8.2)."""
+    pixels = header.rows * header.columns
+    first, skipped = divmod(index * pixels, 8)
+    file.seek(header.offset + first)
+    stored = np.frombuffer(file.read(-(-(skipped + pixels) // 8)), np.uint8)
+    return np.unpackbits(stored, bitorder="little")[skipped : skipped + pixels].reshape(header.rows, header.columns)
 
 
 def _frame(header: _Header, index: int, shared: list[Any], per_frame: list[Any], *, dtype: str | None, pixel_hash: bytes) -> Frame:
@@ -509,9 +526,9 @@ def _text(dataset: Any, tag: BaseTag) -> str:
     if value.isascii():
         text = value.decode("ascii")
     else:
-        names = _raw(dataset, _CHARACTER_SET).decode("latin-1").replace("\0", "").split("\\")
+        encodings = dataset.original_character_set
         try:
-            text = decode_bytes(value, convert_encodings(names), set())
+            text = decode_bytes(value, [encodings] if isinstance(encodings, str) else encodings, set())
         except Exception:  # a character set that Python does not know
             text = value.decode("latin-1")
         text = text.encode("utf-8", "replace").decode("utf-8")

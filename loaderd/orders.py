@@ -26,7 +26,7 @@ from catalog.database import Database, explain
 from catalog.errors import CatalogError, UsageError
 
 PART = 1_024  # positions a row of epoch_order
-FIRST = 4 * PART  # taken ahead by a top-N sort
+FIRST = 4 * PART  # taken ahead by a top-N sort; whole parts
 LARGE = 100_000  # samples from which the full sort is worth not waiting for (25 ms)
 SELECT_TIMEOUT_S = 600  # for the selection, which holds a user's SQL
 DTYPES = ("float16", "float32", "float64")
@@ -274,11 +274,11 @@ class Planner:
         limit = sql.SQL("") if first is None else sql.SQL(" ORDER BY {} LIMIT {}").format(order, sql.Literal(first))
         drawn_here = sql.SQL("array_agg(annotation_ids ORDER BY position)" if self.definition.structures else "NULL")
         whole = sql.SQL(
-            "SELECT (position / 1024)::integer, array_agg(sample_id ORDER BY position), {drawn}, "
+            "SELECT (position / {part})::integer, array_agg(sample_id ORDER BY position), {drawn}, "
             "string_agg(uuid_send(sample_key), '' ORDER BY position) FROM ("
             "SELECT *, row_number() OVER (ORDER BY {order}) - 1 AS position FROM (SELECT * FROM ({query}) AS fed{limit}) AS taken"
             ") AS placed GROUP BY 1 ORDER BY 1"
-        ).format(drawn=drawn_here, order=order, query=query, limit=limit)
+        ).format(part=sql.Literal(PART), drawn=drawn_here, order=order, query=query, limit=limit)
         with self.reading.cursor(binary=True) as cursor:
             for part, samples, drawn, keys in cursor.stream(whole, {**parameters, "epoch": epoch, "seed": self.definition.seed}):
                 yield part, samples, [annotation for row in drawn or [] for annotation in row], bytes(keys)

@@ -45,8 +45,8 @@ LEFT JOIN LATERAL (
     LEFT JOIN pairing p ON p.annotation_id = e.annotation_ids[(s.n - 1) * %(structures)s + a.k] AND p.image_id = i.id
     LEFT JOIN mask k ON k.pairing_id = p.id
 ) m ON true
-WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / 1024 AND (%(end)s - 1) / 1024
-  AND e.part * 1024 + s.n - 1 >= %(first)s AND e.part * 1024 + s.n - 1 < %(end)s
+WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / %(part)s AND (%(end)s - 1) / %(part)s
+  AND e.part * %(part)s + s.n - 1 >= %(first)s AND e.part * %(part)s + s.n - 1 < %(end)s
 ORDER BY e.part, s.n
 """
 
@@ -208,7 +208,8 @@ class Supply:
 
     def _fetch(self, plan: Plan, span: Span, *, reserve: bool) -> Fetched:
         plan.wait_for(span[1])
-        parameters = {"epoch": plan.epoch_id, "first": span[0], "end": span[1], "structures": len(self.definition.structures)}
+        structures = len(self.definition.structures)
+        parameters = {"epoch": plan.epoch_id, "first": span[0], "end": span[1], "part": orders.PART, "structures": structures}
         with self._conn.cursor(binary=True) as cursor:
             work = cursor.execute(WORK, parameters).fetchall()
         if len(work) != span[1] - span[0]:

@@ -1,0 +1,159 @@
+"""One PostgreSQL a session (embedded, a container or a URL), one migrated template, and a database of its own for each test.
+
+`database_url` is for tests in which another process must see what was committed; everything real: no mocked database, no mocked socket.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from catalog import database, embedded, synthetic
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("SCANFEED_DATA", REPOSITORY.parent / "shared" / "data"))
+IMAGE = os.environ.get("POSTGRES_IMAGE", "postgres:17")
+
+# Two shared cores: how long an example takes says nothing.
+hypothesis.settings.register_profile("scanfeed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("scanfeed")
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--postgres", default="embedded", help="embedded (default), container (testcontainers) or a postgresql:// URL of a superuser")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the user's catalog, daemon or runtime folder."""
+    monkeypatch.setenv("CATALOG_HOME", str(tmp_path / "home"))
+    for name in ("CATALOG_DATABASE_URL", "XDG_RUNTIME_DIR", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def server_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of a superuser's door to a server, up to and without the database's name."""
+    chosen = request.config.getoption("--postgres")
+    if chosen == "container":
+        from testcontainers.postgres import PostgresContainer
+
+        with PostgresContainer(IMAGE, username="postgres", password=uuid.uuid4().hex, dbname="postgres", driver=None) as container:
+            yield container.get_connection_url()
+    elif chosen == "embedded":
+        # Not in pytest's folder, which only its user may enter: as root the server runs as another.
+        home = Path(tempfile.mkdtemp(prefix="scanfeed-test-"))
+        with embedded.use(home) as server:
+            yield f"postgresql://{server.user}@/postgres?host={server.host}&port={server.port}"
+        with embedded.use(home):  # returns once the server above has ended
+            pass
+        shutil.rmtree(home, ignore_errors=True)
+    else:
+        yield chosen
+
+
+@pytest.fixture(scope="session")
+def template(server_url: str) -> Iterator[str]:
+    """Name of a migrated database to copy."""
+    name = f"template_{uuid.uuid4().hex[:8]}"
+    _create(server_url, name, "template1")
+    with database.open_database(_named(server_url, name)) as made, made.connect() as conn:
+        login = conn.execute("SELECT role FROM sql_login").fetchone()
+    yield name
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+        assert login is not None
+        conn.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(login[0])))
+
+
+@pytest.fixture
+def new_database(server_url: str, template: str) -> Iterator[Callable[[], str]]:
+    """Make another migrated, empty database; returns its URL."""
+    made: list[str] = []
+
+    def make() -> str:
+        made.append(f"test_{uuid.uuid4().hex[:8]}")
+        _create(server_url, made[-1], template)
+        return _named(server_url, made[-1])
+
+    yield make
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        for name in made:
+            conn.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def database_url(new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a migrated, empty database, which is also what `catalog` and `loaderd` use without --database."""
+    url = new_database()
+    monkeypatch.setenv("CATALOG_DATABASE_URL", url)
+    return url
+
+
+@pytest.fixture
+def conn(database_url: str) -> Iterator[psycopg.Connection]:
+    """An autocommitting connection of the owner."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def catalog() -> Run:
+    """Run `catalog` as a process."""
+    return lambda *arguments, **options: _run("catalog.cli", arguments, **options)
+
+
+@pytest.fixture
+def loaderd() -> Run:
+    """Run `loaderd` as a process."""
+    return lambda *arguments, **options: _run("loaderd", arguments, **options)
+
+
+@pytest.fixture(scope="session")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three synthetic studies of 64×64 px: not to be changed; copy what a test changes."""
+    folder = tmp_path_factory.mktemp("studies")
+    synthetic.write_studies(folder, patients=3, slices=4, phases=4, size=64, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sunnybrook() -> Path:
+    """The two real studies; skips where they are not."""
+    folder = DATA / "sunnybrook" / "final_data"
+    if not folder.is_dir():
+        pytest.skip(f"the real studies are not in {folder}; set SCANFEED_DATA")
+    return folder
+
+
+def _run(module: str, arguments: tuple[object, ...], **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 120, "cwd": "/", **options})  # type: ignore[call-overload, no-any-return]
+
+
+def _create(server_url: str, name: str, template: str) -> None:
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
+
+
+def _named(server_url: str, name: str) -> str:
+    parts = conninfo_to_dict(server_url)
+    host, port, user, password = (str(parts.get(key) or "") for key in ("host", "port", "user", "password"))
+    secret = f":{password}" if password else ""
+    if host.startswith("/"):
+        return f"postgresql://{user}{secret}@/{name}?host={host}&port={port}"
+    return f"postgresql://{user}{secret}@{host}:{port}/{name}"

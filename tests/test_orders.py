@@ -1,0 +1,167 @@
+"""The database's random order of an epoch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catalog import database, ingest
+from catalog.errors import UsageError
+from loaderd import ledger, orders
+from loaderd.orders import Definition
+
+INNER = Definition(structures=("inner",), seed=7)
+
+
+def plan(url: str, definition: Definition, epoch: int, run: str = "test") -> tuple[list[str], list[int]]:
+    """Return the stored order of an epoch as (sample keys, annotation ids)."""
+    with database.open_database(url) as db, db.connect() as conn:
+        stream_id = ledger.open_stream(conn, definition)
+        run_id, _ = ledger.open_run(conn, run, stream_id)
+        conn.commit()
+        planner = orders.Planner(db, definition, run_id, stream_id)
+        made = planner.plan(epoch, orders.one_shape(orders.shapes(planner.reading, definition), definition))
+        made.wait_for(made.num_samples)
+        if planner._rest is not None:
+            planner._rest.join()
+        planner.close()
+        rows = conn.execute(
+            "SELECT array_agg(i.sample_key::text ORDER BY o.part, s.n) FROM epoch_order o, "
+            "unnest(o.sample_ids) WITH ORDINALITY AS s (id, n) JOIN image i ON i.id = s.id WHERE o.epoch_id = %s",
+            [made.epoch_id],
+        ).fetchone()
+        drawn = conn.execute(
+            "SELECT array_agg(a.id ORDER BY o.part, a.n) FROM epoch_order o, unnest(o.annotation_ids) WITH ORDINALITY AS a (id, n) "
+            "WHERE o.epoch_id = %s",
+            [made.epoch_id],
+        ).fetchone()
+    assert rows is not None and drawn is not None
+    return rows[0], drawn[0] or []
+
+
+def take_in(url: str, folder: Path) -> None:
+    with database.open_database(url) as db:
+        ingest.ingest(db, folder, jobs=1)
+
+
+def test_known_answer(conn: psycopg.Connection) -> None:
+    """Ten known keys come in the known order for a seed and epoch, on any PostgreSQL: the order of a paper stays that of the paper."""
+    keys = [str(uuid.UUID(int=number * 0x0123456789ABCDEF)) for number in range(1, 11)]
+    order = orders.order_by(INNER).as_string(conn)
+    rows = conn.execute(
+        f"SELECT sample_key::text FROM unnest(%(keys)s::uuid[]) AS k (sample_key) ORDER BY {order}",  # type: ignore[arg-type]
+        {"keys": keys, "epoch": 3, "seed": 2_026},
+    ).fetchall()
+    assert [keys.index(key) for (key,) in rows] == KNOWN
+
+
+# As PostgreSQL 15, 16 and 18 gave it.
+KNOWN = [3, 9, 5, 2, 4, 7, 0, 6, 8, 1]
+
+
+def test_order_is_sqls_own(database_url: str, studies: Path, catalog: Callable[..., object]) -> None:
+    """`catalog sql` gives with ORDER BY exactly the order that was stored, and each sample once."""
+    take_in(database_url, studies)
+    stored, _ = plan(database_url, INNER, 2)
+    query = (
+        "SELECT sample_key FROM sample WHERE structure = 'inner' "
+        "ORDER BY uuid_hash_extended(sample_key, hashint8extended(2::bigint, 7::bigint)), sample_key"
+    )
+    asked = json.loads(catalog("sql", query, "--json").stdout)  # type: ignore[attr-defined]
+    assert stored == [row["sample_key"] for row in asked]
+    assert len(set(stored)) == len(stored) > 10
+
+
+def test_order_depends_on_seed_and_epoch_alone(new_database: Callable[[], str], studies: Path, tmp_path: Path) -> None:
+    """Another database, into which the same files came in another order, has the same orders; another seed or epoch another."""
+    first, second = new_database(), new_database()
+    take_in(first, studies)
+    for folder in ("SYN0003", "SYN0001", "SYN0002"):  # a root each, the last patient first
+        sub = tmp_path / folder
+        (sub / "dicoms").mkdir(parents=True)
+        shutil.copytree(studies / "dicoms" / folder, sub / "dicoms" / folder)
+        shutil.copytree(studies / "contourfiles", sub / "contourfiles")
+        shutil.copy(studies / "link.csv", sub / "link.csv")
+        take_in(second, sub)
+    orders_of = {(seed, epoch): plan(first, Definition(structures=("inner",), seed=seed), epoch)[0] for seed in (1, 2) for epoch in (0, 1)}
+    for (seed, epoch), order in orders_of.items():
+        assert plan(second, Definition(structures=("inner",), seed=seed), epoch)[0] == order
+    assert len({tuple(order) for order in orders_of.values()}) == 4
+    assert len({frozenset(order) for order in orders_of.values()}) == 1
+
+
+def test_unshuffled_is_by_key(database_url: str, studies: Path) -> None:
+    """shuffle=False is the order by sample_key, in every epoch."""
+    take_in(database_url, studies)
+    definition = Definition(structures=("inner",), shuffle=False)
+    first, second = plan(database_url, definition, 0)[0], plan(database_url, definition, 1)[0]
+    assert first == second == sorted(first)
+
+
+def test_large_epochs_begin_before_they_are_sorted(database_url: str, studies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large epoch the first positions are stored before the full sort, and are the beginning of the same order."""
+    take_in(database_url, studies)
+    whole = plan(database_url, INNER, 0, run="whole")
+    for name, value in (("PART", 4), ("FIRST", 8), ("LARGE", 1)):
+        monkeypatch.setattr(orders, name, value)
+    stored: list[tuple[int, int]] = []
+    insert = orders.Planner._insert
+    monkeypatch.setattr(
+        orders.Planner, "_insert", lambda self, plan, part, *ids: (stored.append((plan.stored, part)), insert(self, plan, part, *ids))
+    )
+    assert plan(database_url, INNER, 0, run="early") == whole
+    parts = -(-len(whole[0]) // 4)
+    assert stored == [(0, 0), (0, 1), *((8, part) for part in range(2, parts))]
+    with psycopg.connect(database_url) as conn:
+        assert conn.execute("SELECT count(DISTINCT order_sha256), count(order_sha256) FROM epoch").fetchone() == (1, 2)
+
+
+def test_where_stands_alone(database_url: str, studies: Path) -> None:
+    """`where` must be one condition: text that closes the bracket, says more or ends the statement is refused."""
+    take_in(database_url, studies)
+    with database.open_database(database_url) as db, db.read_only() as reading:
+        for good in ("patient = 'SYN0001'", "true -- a comment", "path LIKE '%.dcm'", "area_px > 10 OR (phase = 0 AND position < 1e9)"):
+            orders.check_where(reading, Definition(structures=("inner",), where=good))
+        for bad in ("1=1) or (1=1", "true THEN true END FROM sample; SELECT CASE WHEN true", "true; DELETE FROM flag", "", "nonsense", "1",
+                    "true) UNION SELECT 1 --", "true /*", "(SELECT password FROM sql_login) = ''"):  # fmt: skip
+            with pytest.raises(UsageError, match="where="):
+                orders.check_where(reading, Definition(structures=("inner",), where=bad))
+
+
+def test_limit_takes_the_first_by_key(database_url: str, studies: Path) -> None:
+    """limit=n feeds the n samples of the smallest keys, whatever the seed."""
+    take_in(database_url, studies)
+    everything = sorted(plan(database_url, INNER, 0)[0])
+    assert sorted(plan(database_url, Definition(structures=("inner",), limit=5), 0)[0]) == everything[:5]
+
+
+def test_several_structures(database_url: str, studies: Path, conn: psycopg.Connection) -> None:
+    """An order keeps for each position one annotation a structure, in the order in which they were asked for; 0 where there is none."""
+    take_in(database_url, studies)
+    keys, drawn = plan(database_url, Definition(structures=("outer", "inner"), require="any"), 0)
+    assert len(drawn) == 2 * len(keys)
+    names = dict(conn.execute("SELECT a.id, s.name FROM annotation a JOIN structure s ON s.id = a.structure_id").fetchall())
+    assert {names[one] for one in drawn[0::2] if one} == {"outer"}
+    assert {names[one] for one in drawn[1::2] if one} == {"inner"}
+    assert 0 in drawn[0::2]
+    both, _ = plan(database_url, Definition(structures=("outer", "inner")), 0)
+    assert set(both) < set(keys)
+    assert len(both) == sum(1 for one in drawn[0::2] if one)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(Definition.__dataclass_fields__)), st.one_of(st.none(), st.booleans(), st.integers(), st.text())))
+def test_any_definition_is_refused_or_kept(given_fields: dict[str, object]) -> None:
+    """Whatever a client sends as a definition is either refused as such or comes back as it was."""
+    try:
+        definition = Definition.from_json(given_fields)
+    except UsageError:
+        return
+    assert Definition.from_json(json.loads(json.dumps(definition.to_json()))) == definition
