@@ -89,7 +89,7 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
     """Say what the catalog holds."""
     with open_database(database) as db, db.connect() as conn:
         counts = {
-            table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # type: ignore[index, arg-type]  # noqa: S608
+            table: conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # type: ignore[index]  # noqa: S608
             for table in ("patient", "study", "series", "image", "annotation", "mask", "run")
         }
         roots = conn.execute(

@@ -3,7 +3,8 @@
 A picture has the whole image at the left and, at the right, the part around what was drawn. There a contour is a solid
 anti-aliased line at its place to a fraction of an image pixel, and the mask made of it is the dashed line along the edges of
 its pixels, so that half a pixel of wrong convention shows. The image itself is interpolated, as in a viewer for reading: in
-blocks the eye follows the blocks' edges and not the organ's. Grey values are windowed from the image alone.
+blocks the eye follows the blocks' edges and not the organ's. Each part has a window of its own, from its values alone: on
+a heart the fat of the chest wall would take most of a common one.
 
 Places are computed in pixels with the corner of the first one at (0, 0), whatever the convention of the contour.
 """
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,8 @@ Colour = tuple[int, int, int]
 Canvas = npt.NDArray[np.float32]  # (rows, columns, RGB), 0 to 255
 
 # Okabe and Ito's palette for all kinds of colour vision, without its black and its blue, which are lost on a dark image.
-PALETTE: tuple[Colour, ...] = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0))
+PALETTE: tuple[Colour, ...] = ((204, 121, 167), (230, 159, 0), (240, 228, 66), (0, 158, 115), (213, 94, 0), (86, 180, 233))
+CHECKSUM_START = 1  # a checksum of the name picks the colour; from here `inner` gets orange and `outer` sky blue
 
 PERCENTILES = (1.0, 99.5)
 WHOLE, ZOOM, ALONE = 384, 672, 768  # largest side in px: the whole image, the part beside it, an image with nothing drawn
@@ -37,8 +42,10 @@ LEAST_ZOOMED = 24  # px of the image
 LINE = 1.6  # px of the picture
 DASH = 4
 CELL, GRID_COLUMNS, MOST_SHOWN = 256, 4, 64
-TEXT, LINE_HEIGHT = 15, 21
+TEXT, RAISED, LINE_HEIGHT, KEY = 15, 10, 21, 32
 
+_PLAIN = str.maketrans({"×": "x", "–": "-", "—": "-", "−": "-", "µ": "u", "μ": "u", "ß": "ss", "≤": "<=", "≥": ">="})
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _BACKGROUND, _INK, _DIM = (20, 20, 20), (235, 235, 235), (165, 165, 165)
 
 
@@ -104,32 +111,34 @@ def overlay(
     for one in drawn:
         if one.mask is not None and one.mask.shape != image.shape:
             raise ValueError(f"the mask of {one.label!r} is {one.mask.shape}, its image {image.shape}")
-    grey, window = windowed(image)
     whole, zoom = panes((rows, columns), drawn, spacing_mm=spacing_mm)
     colours = _colours_of(drawn)
 
-    notes = [_legend_text(one, rings, rows, columns) for one, rings in zip(drawn, placed, strict=True)]
-    font = ImageFont.load_default(size=TEXT)
-    width = MARGIN + (zoom.left + zoom.width if zoom else max(whole.left + whole.width, 480))
-    # The legend stands under the whole image where there is a zoomed part beside it.
-    legend_left = MARGIN
-    legend_width = (zoom.left if zoom else width) - 2 * MARGIN - 32 + (MARGIN if zoom else 0) - legend_left + MARGIN - 16
-    legend = [_wrapped(text, font, legend_width) for text in notes] or [["nothing drawn"]]
+    # The legend stands under the whole image, at the left of the zoomed part.
+    legend_width = WHOLE if zoom else max(whole.width, 480)
+    width = (zoom.left + zoom.width if zoom else MARGIN + legend_width) + MARGIN
+    legend = [_wrapped(_legend_text(one, rings, rows, columns), legend_width - KEY) for one, rings in zip(drawn, placed, strict=True)]
     legend_top = whole.top + whole.height + MARGIN
-    legend_bottom = legend_top + sum(len(lines) for lines in legend) * LINE_HEIGHT + (2 * LINE_HEIGHT + 8 if drawn else 0)
-    below = [*caption, _about(window, zoom, spacing_mm)]
-    lines = [line for text in below for line in _wrapped(text, font, width - 2 * MARGIN)]
-    caption_top = max(legend_bottom, zoom.top + zoom.height if zoom else 0) + MARGIN
+    legend_bottom = legend_top + (sum(len(lines) for lines in legend) + 2) * LINE_HEIGHT + 8 if drawn else legend_top
+    shown = [windowed(image)]
+    about = f"left: {shown[0][1]}" if zoom else f"nothing drawn; {shown[0][1]}"
+    if zoom:
+        shown.append(windowed(image, np.s_[zoom.y0 : zoom.y0 + zoom.rows, zoom.x0 : zoom.x0 + zoom.columns]))
+        about += f"; right: {shown[1][1]}, 1 image pixel is {zoom.scale[0]:.3g} × {zoom.scale[1]:.3g} px"
+    about += "; interpolated" if spacing_mm is not None else "; interpolated; pixel spacing unknown, so no scale bar"
+    lines = [line for text in (*caption, about) for line in _wrapped(text, width - 2 * MARGIN)]
+    caption_top = max(legend_bottom, zoom.top + zoom.height + MARGIN if zoom else 0)
     height = caption_top + len(lines) * LINE_HEIGHT + MARGIN
 
     canvas = np.empty((height, width, 3), np.float32)
     canvas[:] = _BACKGROUND
-    for pane in (whole, zoom) if zoom else (whole,):
-        _show(canvas, grey, pane)
+    for (grey, _), pane in zip(shown, (whole, zoom), strict=False):
+        if pane:
+            _show(canvas, grey, pane)
     if zoom:
         for one, colour in zip(drawn, colours, strict=True):
             if one.mask is not None:
-                edge = outline(one.mask, zoom) & _dashes(zoom.height, zoom.width)
+                edge = outline(one.mask, zoom) & _dashes(zoom)
                 _part(canvas, zoom)[edge] = colour
         for rings, colour in zip(placed, colours, strict=True):
             for ring in rings:
@@ -145,21 +154,15 @@ def overlay(
         corners = whole.place(np.array([[zoom.x0, zoom.y0], [zoom.x0 + zoom.columns, zoom.y0 + zoom.rows]], np.float64))
         draw.rectangle([*np.rint(corners[0]).tolist(), *(np.rint(corners[1]) - 1).tolist()], outline=_INK)
     y = legend_top
-    for colour, paragraph in zip(colours or [_BACKGROUND], legend, strict=True):
-        if drawn:
-            draw.line((legend_left, y + 10, legend_left + 23, y + 10), fill=colour, width=3)
-        for line in paragraph:
-            draw.text((legend_left + (32 if drawn else 0), y), line, font=font, fill=_INK)
-            y += LINE_HEIGHT
-    if drawn:
-        y += 8
-        for what, dash in (("contour, as drawn", 24), ("edge of the mask's pixels", DASH)):
-            for x in range(legend_left, legend_left + 24, 2 * dash):
-                draw.line((x, y + 10, min(x + dash, legend_left + 24) - 1, y + 10), fill=_DIM, width=2 if dash > DASH else 1)
-            draw.text((legend_left + 32, y), what, font=font, fill=_DIM)
-            y += LINE_HEIGHT
-    for number, line in enumerate(lines):
-        draw.text((MARGIN, caption_top + number * LINE_HEIGHT), line, font=font, fill=_INK)
+    for colour, paragraph in zip(colours, legend, strict=True):
+        draw.line((MARGIN, y + 10, MARGIN + 23, y + 10), fill=colour, width=3)
+        y = _write(draw, MARGIN + KEY, y, paragraph, _INK)
+    if zoom:
+        draw.line((MARGIN, y + 18, MARGIN + 23, y + 18), fill=_DIM, width=2)
+        for x in range(MARGIN, MARGIN + 24, 2 * DASH):
+            draw.line((x, y + 18 + LINE_HEIGHT, x + DASH - 1, y + 18 + LINE_HEIGHT), fill=_DIM)
+        _write(draw, MARGIN + KEY, y + 8, ["contour, as drawn", "edge of the mask's pixels"], _DIM)
+    _write(draw, MARGIN, caption_top, lines, _INK)
     return _png(picture)
 
 
@@ -199,13 +202,12 @@ def contact_sheet(
     rows, columns = images.shape[1:] if shown else (1, 1)
     fit = CELL / max(rows, columns)
     cell_width, cell_height = max(1, round(columns * fit)), max(1, round(rows * fit))
-    font = ImageFont.load_default(size=TEXT)
     step_x, step_y = max(cell_width, 96) + MARGIN, cell_height + LINE_HEIGHT + MARGIN
     width = max(MARGIN + across * step_x, 320)
 
     colours = colours_of(structures)
-    foot = [_wrapped(name, font, width - 2 * MARGIN - 32) for name in structures] if masks is not None else []
-    notes = _wrapped(f"each image in its own window, percentiles {PERCENTILES[0]:g} to {PERCENTILES[1]:g}", font, width - 2 * MARGIN)
+    foot = [_wrapped(name, width - 2 * MARGIN - KEY) for name in structures] if masks is not None else []
+    notes = _wrapped(f"each image in its own window, percentiles {PERCENTILES[0]:g} to {PERCENTILES[1]:g}", width - 2 * MARGIN)
     if not shown:
         notes = ["no images"]
     elif len(images) > shown:
@@ -227,32 +229,30 @@ def contact_sheet(
     picture = Image.fromarray(np.rint(np.clip(canvas, 0, 255)).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for title, pane in zip(titles[:shown], grid, strict=True):
-        draw.text((pane.left, pane.top - LINE_HEIGHT), _cut(title, font, step_x - MARGIN), font=font, fill=_INK)
+        _write(draw, pane.left, pane.top - LINE_HEIGHT, [_cut(title, step_x - MARGIN)], _INK)
     for name, lines in zip(structures, foot, strict=False):
         draw.line((MARGIN, top + 10, MARGIN + 23, top + 10), fill=colours[name], width=3)
-        for line in lines:
-            draw.text((MARGIN + 32, top), line, font=font, fill=_INK)
-            top += LINE_HEIGHT
-    for line in notes:
-        draw.text((MARGIN, top), line, font=font, fill=_DIM)
-        top += LINE_HEIGHT
+        top = _write(draw, MARGIN + KEY, top, lines, _INK)
+    _write(draw, MARGIN, top, notes, _DIM)
     return _png(picture)
 
 
-def windowed(image: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], str]:
+def windowed(image: npt.NDArray[Any], part: tuple[slice, slice] = np.s_[:, :]) -> tuple[npt.NDArray[np.float32], str]:
     """Return an image's grey values from 0 to 255, a new array, and in words the window that made them.
 
-    Dark and bright ends are the percentiles 1 and 99.5 of what is finite, or its least and largest value where those are equal.
+    Dark and bright ends are the percentiles 1 and 99.5 of what is finite in a part of it, or where those are equal its least and
+    largest value. What is not finite is 0.
     """
     values = np.asarray(image, np.float64)
     finite = np.isfinite(values)
     grey = np.zeros(values.shape, np.float32)
-    missing = f"; {values.size - int(finite.sum())} px are no number, shown black" if not finite.all() else ""
-    if not finite.any():
+    gaps = int((~finite[part]).sum())
+    missing = f", {gaps} px are no number and black" if gaps else ""
+    known = values[part][finite[part]]
+    if not known.size:
         return grey, "no pixel is a number"
-    known = values[finite]
-    low, high = (float(end) for end in np.percentile(known, PERCENTILES))
-    how = f"percentiles {PERCENTILES[0]:g} to {PERCENTILES[1]:g} of the image"
+    low, high = (float(end) for end in np.percentile(known, PERCENTILES, method="nearest"))
+    how = f"percentiles {PERCENTILES[0]:g} to {PERCENTILES[1]:g}"
     if not low < high:
         low, high, how = float(known.min()), float(known.max()), "least to largest value"
     largest = max(abs(low), abs(high)) or 1.0  # so that no difference overflows
@@ -260,8 +260,8 @@ def windowed(image: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], str]:
     if not span > 0.0:
         grey[finite] = 128.0
         return grey, f"all values are {low:g}{missing}"
-    grey[finite] = (np.clip(known, low, high) / largest - low / largest) / span * 255.0
-    return grey, f"window {low:g} to {high:g} ({how}){missing}"
+    grey[finite] = (np.clip(values[finite], low, high) / largest - low / largest) / span * 255.0
+    return grey, f"window {low:.4g} to {high:.4g} ({how}){missing}"
 
 
 def panes(shape: tuple[int, int], drawn: Sequence[Drawn], *, spacing_mm: tuple[float, float] | None) -> tuple[Pane, Pane | None]:
@@ -323,7 +323,7 @@ def colours_of(structures: Sequence[str]) -> dict[str, Colour]:
     """
     colours: dict[str, Colour] = {}
     for name in sorted(set(structures)):
-        at = zlib.crc32(name.encode("utf-8", "surrogateescape"))
+        at = zlib.crc32(name.encode("utf-8", "surrogatepass"), CHECKSUM_START)
         choice = [PALETTE[(at + step) % len(PALETTE)] for step in range(len(PALETTE))]
         colours[name] = next((colour for colour in choice if colour not in colours.values()), choice[0])
     return colours
@@ -394,13 +394,6 @@ def _legend_text(one: Drawn, rings: Sequence[FloatArray], rows: int, columns: in
     return text
 
 
-def _about(window: str, zoom: Pane | None, spacing_mm: tuple[float, float] | None) -> str:
-    text = window
-    if zoom:
-        text += f"; right: {max(min(zoom.scale), 1 / ZOOM):.3g} px an image pixel, interpolated"
-    return text if spacing_mm is not None else text + "; pixel spacing unknown, so no scale bar"
-
-
 def _part(canvas: Canvas, pane: Pane) -> Canvas:
     return canvas[pane.top : pane.top + pane.height, pane.left : pane.left + pane.width]
 
@@ -411,9 +404,10 @@ def _show(canvas: Canvas, grey: npt.NDArray[np.float32], pane: Pane) -> None:
     _part(canvas, pane)[:] = np.clip(np.asarray(scaled), 0.0, 255.0)[:, :, np.newaxis]
 
 
-def _dashes(height: int, width: int) -> BoolArray:
-    """Stripes across both directions, so that lines along either are dashed."""
-    dashes: BoolArray = np.add.outer(np.arange(height), np.arange(width)) // DASH % 2 == 0
+def _dashes(pane: Pane) -> BoolArray:
+    """Stripes across both directions, half an image pixel wide: so stairs that run along them are dashed, too."""
+    dash = min(max(int(min(pane.scale) / 2), 1), DASH)
+    dashes: BoolArray = np.add.outer(np.arange(pane.height), np.arange(pane.width)) // dash % 2 == 0
     return dashes
 
 
@@ -449,37 +443,67 @@ def _scale_bar(draw: ImageDraw.ImageDraw, pane: Pane, column_mm: float) -> None:
     length = decade * max(step for step in (1, 2, 5) if step * decade <= most or step == 1)
     left, bottom, bar = pane.left + 12, pane.top + pane.height - 12, round(length * px_per_mm)
     text = f"{length:g} mm"
-    font = ImageFont.load_default(size=TEXT)
-    if max(bar, draw.textlength(text, font=font)) + 24 > pane.width or pane.height < 48:
+    if max(bar, _length(text)) + 24 > pane.width or pane.height < 48:
         return
     draw.rectangle((left - 1, bottom - 4, left + bar, bottom), fill=(0, 0, 0))
     draw.rectangle((left, bottom - 3, left + bar - 1, bottom - 1), fill=(255, 255, 255))
-    draw.text((left, bottom - 8), text, font=font, fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0), anchor="ls")
+    draw.text((left, bottom - 8), text, font=_font(TEXT), fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0), anchor="ls")
 
 
-def _cut(text: str, font: Any, width: float) -> str:
-    text = " ".join(text.split())
-    if font.getlength(text) <= width:
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _runs(text: str) -> list[tuple[str, int]]:
+    """Text as Pillow's own font can set it, in parts with their sizes: it has no accents, no × and no ²."""
+    plain = "".join(letter for letter in unicodedata.normalize("NFD", text) if not unicodedata.combining(letter)).translate(_PLAIN)
+    parts = enumerate(re.split(r"([⁰¹²³⁴⁵⁶⁷⁸⁹]+)", plain))
+    return [(part.translate(_RAISED), RAISED if number % 2 else TEXT) for number, part in parts if part]
+
+
+def _length(text: str) -> float:
+    return sum(_font(size).getlength(part) for part, size in _runs(text))
+
+
+def _write(draw: ImageDraw.ImageDraw, x: float, y: int, lines: Sequence[str], colour: Colour) -> int:
+    """Write lines, one below the other, and return where the next one goes."""
+    for line in lines:
+        at = x
+        for part, size in _runs(line):
+            draw.text((at, y), part, font=_font(size), fill=colour)
+            at += _font(size).getlength(part)
+        y += LINE_HEIGHT
+    return y
+
+
+def _cut(text: str, width: float) -> str:
+    text = _one_line(text)
+    if _length(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
+    while text and _length(text + "…") > width:
         text = text[:-1]
     return text + "…"
 
 
-def _wrapped(text: str, font: Any, width: float) -> list[str]:
+def _wrapped(text: str, width: float) -> list[str]:
     """Lines of at most a width; a word that is longer, such as a UID, is broken anywhere."""
     lines = [""]
-    for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+    for word in _one_line(text).split(" "):
+        if lines[-1] and _length(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
             continue
         if lines[-1]:
             lines.append("")
         for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+            if lines[-1] and _length(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
     return lines
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _png(picture: Image.Image) -> bytes:

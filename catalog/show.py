@@ -32,7 +32,7 @@ def picture(database: Database, sample_id: int) -> bytes:
     Raises:
         CatalogError: If there is no such image, or its pixels cannot be read.
     """
-    with database.connect(row_factory=dict_row) as conn:  # type: ignore[arg-type]
+    with database.connect(row_factory=dict_row) as conn:
         image: Any = conn.execute(IMAGE, [sample_id]).fetchone()
         drawn: list[Any] = conn.execute(DRAWN, [sample_id]).fetchall()
     if image is None:

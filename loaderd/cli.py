@@ -35,13 +35,18 @@ def serve(
 
     if sys.platform != "linux":
         raise CatalogError("loaderd needs Linux: it feeds through a memfd; the catalog works here all the same")
-    db = open_database(database)
     try:
-        daemon = Daemon(db, messages.socket_path(db.identity()), workers=workers or len(os.sched_getaffinity(0)), private=private)
-    except BaseException:
-        db.close()
+        db = open_database(database)
+        try:
+            daemon = Daemon(db, messages.socket_path(db.identity()), workers=workers or len(os.sched_getaffinity(0)), private=private)
+        except BaseException:
+            db.close()
+            raise
+    except CatalogError as error:
+        if private:  # standard output is a pipe to the Feed that waits
+            typer.echo(str(error))
         raise
-    if private:  # tell who waits, once: standard output is a pipe to it
+    if private:
         typer.echo("ready")
         os.close(1)
     daemon.serve()

@@ -170,7 +170,8 @@ class Feed:
         self._database = database
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may close the feed in the middle of a wait
-        self._closed = False
+        self._closed = False  # nothing comes any more
+        self._left = False  # and the daemon was told
         self._returned = _Returned()
         self._leases = 0
         self._last: list[int] | None = None  # epoch and index of the batch that was handed out last
@@ -205,12 +206,14 @@ class Feed:
 
         Batches that are still held stay readable.
         """
-        if self._closed or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
         self._closed = True
         self._returned.wake()  # an iterator that waits in another thread, which then lets go of the lock
         with self._lock, self._sock:
-            _leave(self._sock)
+            if not self._left:
+                self._left = True
+                _leave(self._sock)
 
     def __enter__(self) -> Feed:
         return self
@@ -416,9 +419,11 @@ def _attach(attach: Message, url: str | None, timeout_s: float) -> tuple[socket.
             if reply is not None and reply["op"] == "attached":
                 sock.setblocking(False)
                 return sock, reply, fds[0]
-            sock.close()
-            if reply is not None:
-                raise FeedError(reply["message"])
+            with sock:
+                if reply is not None:
+                    if reply["ending"]:
+                        _wait_for_end(sock)
+                    raise FeedError(reply["message"])
     raise FeedError(f"loaderd ends as soon as it starts; its last words are in {default_home() / 'loaderd.log'}")
 
 
@@ -469,28 +474,31 @@ def _start_private(url: str | None) -> None:
     if line != "ready":
         process.kill()
         process.wait()
-        raise FeedError(line.removeprefix("loaderd: ") or f"loaderd did not start; its last words are in {home / 'loaderd.log'}")
+        raise FeedError(line or f"loaderd did not start; its last words are in {home / 'loaderd.log'}")
 
 
 def _leave(sock: socket.socket) -> None:
     """Say goodbye, and wait for a daemon that ends with this."""
-    try:
-        _, _, pidfd = messages.peer_pidfd(sock)
-    except OSError:
-        return
     try:
         sock.settimeout(5)
         messages.send(sock, {"op": "bye"})
         while (reply := messages.receive(sock)) is not None:
             if reply["op"] == "bye":
                 if reply["ending"]:
-                    _readable(pidfd, 15)
-                break
+                    _wait_for_end(sock)
+                return
     except OSError:
         pass  # gone already
-    finally:
-        os.close(pidfd)
-        _started[:] = [process for process in _started if process.poll() is None]
+
+
+def _wait_for_end(sock: socket.socket) -> None:
+    try:
+        _, _, pidfd = messages.peer_pidfd(sock)
+    except OSError:  # it has ended
+        return
+    _readable(pidfd, 15)
+    os.close(pidfd)
+    _started[:] = [process for process in _started if process.poll() is None]
 
 
 def _readable(fd: int, timeout_s: float) -> bool:

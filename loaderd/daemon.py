@@ -86,12 +86,18 @@ class Daemon:
 
     def _take_lock(self) -> int:
         fd = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-            os.close(fd)
-            raise CatalogError(f"a loaderd of this database is running (pid {holder or 'unknown'}); see `loaderd status`") from None
+        deadline = time.monotonic() + LEAVE_S + 5
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # One that is ending has given up its socket already and keeps the lock for its ledger's last rows.
+                if self.path.exists() or time.monotonic() > deadline:
+                    holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+                    os.close(fd)
+                    raise CatalogError(f"a loaderd of this database is running (pid {holder or 'unknown'}); see `loaderd status`") from None
+                time.sleep(0.02)
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
         return fd
@@ -183,6 +189,7 @@ class Daemon:
             self._part(consumer, str(error))
 
     def _attach(self, consumer: Consumer, message: Message) -> None:
+        self._attached = True
         if message.get("protocol") != PROTOCOL:
             raise UsageError(
                 f"this loaderd ({__version__}) speaks protocol {PROTOCOL}, the trainer's scanfeed ({message.get('version')}) "
@@ -194,7 +201,6 @@ class Daemon:
         if not (run is None or (isinstance(run, str) and 0 < len(run) <= 200)):
             raise UsageError("run must be a name of at most 200 characters")
         definition = Definition.from_json(message.get("definition"))
-        self._attached = True
         self._streams += 1
         supply = Supply(
             self.database,
@@ -234,9 +240,11 @@ class Daemon:
             self._part(consumer)
 
     def _bye(self, consumer: Consumer) -> None:
-        others = [one for one in self.consumers if one is not consumer]
-        self._tell(consumer, {"op": "bye", "ending": self.private and not others})
+        self._tell(consumer, {"op": "bye", "ending": self._ending(without=consumer)})
         self._part(consumer)
+
+    def _ending(self, without: Consumer | None = None) -> bool:
+        return self._stopping or (self.private and all(one is without for one in self.consumers))
 
     def _part(self, consumer: Consumer, reason: str | None = None) -> None:
         """Let go of a connection and of all that belongs to it; with a reason, tell it first."""
@@ -246,7 +254,7 @@ class Daemon:
         if reason is not None:
             say("refused" if consumer.stream is None else "stream ended", pid=consumer.pid, reason=repr(reason))
             with contextlib.suppress(OSError, MessageError):
-                messages.send(consumer.sock, {"op": "error", "message": reason})
+                messages.send(consumer.sock, {"op": "error", "message": reason, "ending": self._ending()})
         for source in (consumer.sock, consumer.pidfd):
             self.selector.unregister(source)
         consumer.sock.close()

@@ -20,7 +20,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from catalog import database, embedded, synthetic
+from catalog import database, embedded, ingest, synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SCANFEED_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -34,7 +34,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--postgres", default="embedded", help="embedded (default), container (testcontainers) or a postgresql:// URL of a superuser")
+    parser.addoption("--postgres", default="embedded", help="embedded, container (testcontainers) or a superuser's postgresql:// URL")
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +129,14 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
     synthetic.write_studies(folder, patients=3, slices=4, phases=4, size=64, seed=1)
     return folder
+
+
+@pytest.fixture
+def ingested(database_url: str, studies: Path) -> str:
+    """URL of a database with the synthetic studies."""
+    with database.open_database(database_url) as db:
+        ingest.ingest(db, studies, jobs=1)
+    return database_url
 
 
 @pytest.fixture(scope="session")

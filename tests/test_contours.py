@@ -73,6 +73,22 @@ def test_long_slanted_edges_through_centres_are_exact():
     np.testing.assert_array_equal(rasterise([ring], 60, 60, convention="centre"), exact_mask([ring], 60, 60, "centre"))
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@settings(max_examples=300, deadline=None)
+@given(through=st.tuples(halves, halves), far=st.tuples(st.integers(-(2**50), 2**50), st.integers(2**51, 2**52)), off=st.integers(-1, 1))
+def test_edges_from_far_away_are_exact(convention, through, far, off):
+    """Long edges through a centre or next to it, with ends whose products no longer fit 53 bits, are decided rightly."""
+    reach = np.array(far) / 256
+    ring = np.array([through - reach, through + reach * 0.75 + (0, off / 256), through + reach[::-1] * (1, -1)])
+    np.testing.assert_array_equal(rasterise([ring], 9, 11, convention=convention), exact_mask([ring], 9, 11, convention))
+
+
+def test_edges_longer_than_any_float_are_exact():
+    """Where the difference of two coordinates overflows, rational arithmetic still knows the crossing."""
+    for ring in (np.array([[0.3, -1e308], [6.1, 1e308], [20.0, 0.0]]), np.array([[-1e308, 0.3], [1e308, 6.1], [0.0, 20.0]])):
+        np.testing.assert_array_equal(rasterise([ring], 9, 11, convention="centre"), exact_mask([ring], 9, 11, "centre"))
+
+
 @pytest.mark.parametrize(("convention", "first"), [("centre", 0.0), ("corner", 0.5)])
 def test_left_and_top_edges_belong_right_and_bottom_do_not(convention, first):
     """A square through four pixels' centres holds those on its left and top edge only, in both conventions."""

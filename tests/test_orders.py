@@ -157,7 +157,9 @@ def test_several_structures(database_url: str, studies: Path, conn: psycopg.Conn
     assert len(both) == sum(1 for one in drawn[0::2] if one)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(Definition.__dataclass_fields__)), st.one_of(st.none(), st.booleans(), st.integers(), st.text())))
+@given(
+    st.dictionaries(st.sampled_from(sorted(Definition.__dataclass_fields__)), st.one_of(st.none(), st.booleans(), st.integers(), st.text()))
+)
 def test_any_definition_is_refused_or_kept(given_fields: dict[str, object]) -> None:
     """Whatever a client sends as a definition is either refused as such or comes back as it was."""
     try:

@@ -1,0 +1,38 @@
+"""What tests ask the operating system about other processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def daemons() -> list[int]:
+    """Return the pids of the loaderd and worker processes of this test's catalog."""
+    home = f"CATALOG_HOME={os.environ['CATALOG_HOME']}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command, environment = (entry / "cmdline").read_bytes().split(b"\0"), (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if home in environment and b"-m" in command and any(part.startswith(b"loaderd") for part in command):
+                found.append(int(entry.name))
+    return found
+
+
+def workers() -> list[int]:
+    """Return the pids of this test's decode workers."""
+    return [pid for pid in daemons() if b"loaderd.decode" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+    """Wait for something that another process does; False if it did not happen in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
