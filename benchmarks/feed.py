@@ -232,9 +232,10 @@ def _table(report: dict[str, Any]) -> str:
         ratio = report["loaderd_over"].get(name)
         over = "" if ratio is None else f"{ratio:.2f} ×"
         database = f"{row['database_cpu_s_per_1000']:.3f}" if name == "loaderd" else ""
+        first = "" if name == "limit" else f"{row['first_batch_s']:.3f} s"
         lines.append(
             f"| {TITLES[name]:<20} | {row['samples_per_s']:>9,.0f} | {over:>10} | {row['cpu_s_per_1000']:>15.3f} | {database:>14} "
-            f"| {row['first_batch_s']:>9.3f} s |"
+            f"| {first:>11} |"
         )
     lines += ["", f"loaderd's first batch when it starts its own daemon and PostgreSQL: {report['private_first_batch_s']:.2f} s"]
     for name, goal in GOALS.items():

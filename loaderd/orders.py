@@ -198,6 +198,9 @@ class Planner:
         self.reading = database.read_only(timeout_s=SELECT_TIMEOUT_S)
         self.reading.isolation_level = IsolationLevel.REPEATABLE_READ
         self.writing = database.connect(application_name="loaderd order")
+        # An order that is lost in a crash of PostgreSQL is taken again; the reservation that follows waits for the disk for both.
+        self.writing.execute("SET synchronous_commit = off")
+        self.writing.commit()
         self._rest: threading.Thread | None = None
 
     def plan(self, epoch: int, shape: tuple[int, int]) -> Plan:
