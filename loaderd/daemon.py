@@ -196,7 +196,7 @@ class Daemon:
                 f"protocol {message.get('protocol')}; end it (kill {os.getpid()}) and start it again with the same version"
             )
         slots, run = message.get("slots"), message.get("run")
-        if slots is not None and not (isinstance(slots, int) and 2 <= slots <= SLOTS):
+        if slots is not None and not (type(slots) is int and 2 <= slots <= SLOTS):
             raise UsageError(f"slots={slots!r}: must be a whole number from 2 to {SLOTS}")
         if not (run is None or (isinstance(run, str) and 0 < len(run) <= 200)):
             raise UsageError("run must be a name of at most 200 characters")

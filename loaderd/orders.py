@@ -59,13 +59,17 @@ class Definition:
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
-        if not isinstance(self.batch_size, int) or not 1 <= self.batch_size <= 65_536:
+        # `type`, not isinstance: True is an int to Python, and JSON from a socket may hold anything.
+        if type(self.batch_size) is not int or not 1 <= self.batch_size <= 65_536:
             raise UsageError(f"batch_size={self.batch_size!r}: must be a whole number from 1 to 65536")
-        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"seed={self.seed!r}: must be a whole number of 64 bits, since the database hashes with it")
-        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
             raise UsageError(f"limit={self.limit!r}: must be a whole number from 1 on")
-        if len(set(self.structures)) != len(self.structures) or not all(isinstance(name, str) and name for name in self.structures):
+        for name in ("shuffle", "include_flagged"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name}={getattr(self, name)!r}: must be true or false")
+        if not all(isinstance(name, str) and name for name in self.structures) or len(set(self.structures)) != len(self.structures):
             raise UsageError(f"structures={list(self.structures)!r}: must be different names")
 
     @classmethod

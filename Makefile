@@ -1,0 +1,64 @@
+# make alone says what there is. Variables: PYTHON (3.11 or newer), VENV (.venv), DATA (a folder for the demo),
+# POSTGRES_IMAGE (what integration starts).
+VENV ?= .venv
+DATA ?=
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN = $(VENV)/bin
+LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-emit-index-url
+# Tests that need no server, or our own one.
+NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench integration soak lock clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+venv: $(VENV)/.dev ## .venv with the package and what its tests need, as locked
+demo: $(VENV)/.runtime ## from a folder of studies to batches; DATA=FOLDER takes your own
+	$(BIN)/python examples/demo.py $(DATA)
+
+test: $(VENV)/.dev lint ## everything but soak: style, types, tests on the embedded PostgreSQL
+	$(BIN)/python -m pytest -m "not soak"
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench ## feeding, measured; installs torch
+	$(BIN)/python benchmarks/feed.py
+
+integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
+	$(BIN)/python -m pytest -m "not soak" --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
+
+soak: $(VENV)/.dev ## long fault and endurance runs
+	$(BIN)/python -m pytest -m soak
+
+lock: $(VENV)/.dev ## write the lock files anew, with the newest versions
+	$(BIN)/pip install --quiet uv
+	$(LOCK) --upgrade --output-file requirements.lock
+	$(LOCK) --upgrade --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+
+clean: ## remove what make made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist .demo
+
+# The stamps say what is installed. The demo takes the runtime packages alone.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found; say make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[bench]'
+	@touch $@
