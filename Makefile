@@ -32,7 +32,7 @@ bench: $(VENV)/.bench ## feeding, measured; installs torch
 	$(BIN)/python benchmarks/feed.py
 
 integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
-	$(BIN)/python -m pytest -m "not soak" --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
+	$(BIN)/python -m pytest -m "not soak" -W "ignore:testcontainers.postgres is deprecated" --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
 
 soak: $(VENV)/.dev ## long fault and endurance runs
 	$(BIN)/python -m pytest -m soak

@@ -68,7 +68,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_studies(Path(folder))
             said = check(Path(folder))
-    print(f"smoke: {said}; numpy {np.__version__}, Python {sys.version.split()[0]}, {where}")
+    sys.stdout.write(f"smoke: {said}; numpy {np.__version__}, Python {sys.version.split()[0]}, {where}\n")
 
 
 if __name__ == "__main__":

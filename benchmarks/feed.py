@@ -241,6 +241,10 @@ def _table(report: dict[str, Any]) -> str:
     for name, goal in GOALS.items():
         if (ratio := report["loaderd_over"].get(name)) is not None:
             lines.append(f"{'met' if ratio >= goal else 'MISSED'}: loaderd at least {goal:g} × {TITLES[name]}: {ratio:.2f} ×")
+    ours, bound = report["medians"].get("loaderd"), report["medians"].get("limit")
+    if ours and bound:
+        share = bound["cpu_s_per_1000"] / (ours["cpu_s_per_1000"] + ours["database_cpu_s_per_1000"])
+        lines.append(f"By CPU seconds, which other processes disturb less: decoding alone is {share:.2f} of loaderd with PostgreSQL")
     busy = max(row["others_cores"] for row in report["medians"].values())
     if busy > 0.1:
         lines.append(f"Other processes kept up to {busy:.1f} cores busy meanwhile: measure again on a quiet machine.")

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 import psycopg
 from psycopg import sql
@@ -38,6 +37,13 @@ SCHEMA_VERSION = "0001"  # the newest revision under migrations/versions; a test
 OLDEST_SERVER = 15  # NULLS NOT DISTINCT (unique rows with missing values) came with 15
 SQL_TIMEOUT_S = 60
 EMBEDDED_DATABASE = "catalog"
+
+
+class _Reading(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that keeps nothing: before 16, PostgreSQL lets everybody make large objects, even where it is read-only."""
+
+    def commit(self) -> None:
+        self.rollback()
 
 
 @dataclass
@@ -75,13 +81,15 @@ class Database:
             DatabaseError: If the server is out of reach, or does not let that login in.
         """
         with self.connect() as conn:
-            login = conn.execute("SELECT role, password FROM sql_login").fetchone()
-            if login is None or conn.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [login[0]]).fetchone() is None:
-                login = make_sql_login(conn)
+            # A restored dump has the row without the role, a role made by hand has no rights yet.
+            login = conn.execute(
+                "SELECT l.role, l.password FROM sql_login l JOIN pg_roles r ON r.rolname = l.role "
+                "WHERE has_table_privilege(r.oid, 'sample'::regclass, 'SELECT')"
+            ).fetchone() or make_sql_login(conn)
         role, password = login
         options = f"-c statement_timeout={int(timeout_s * 1000)} -c default_transaction_read_only=on"
         try:
-            return psycopg.connect(self.conninfo, user=role, password=password, options=options, application_name="catalog sql")
+            return _Reading.connect(self.conninfo, user=role, password=password, options=options, application_name="catalog sql")
         except psycopg.OperationalError as error:
             raise DatabaseError(
                 f"{self.name}: does not let the login {role} in, under which SQL from users runs: {_first_line(error)}; "
@@ -183,13 +191,22 @@ def _embedded(home: Path) -> Database:
 
 
 def _external(url: str) -> Database:
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0]
     if scheme.split("+")[0] not in ("postgresql", "postgres"):
-        raise UsageError(f"database URL: scheme {unquote(scheme) or 'missing'!r} is not postgresql://; only PostgreSQL is supported")
+        known = f"scheme {scheme!r}" if "://" in url else "what was given"  # which may be a password in the wrong place
+        raise UsageError(f"database URL: {known} is not postgresql://; only PostgreSQL is supported")
+    unreadable = UsageError(
+        "database URL: cannot be read; in a user's name and password, @ is written %40, : is %3A, / is %2F and % is %25"
+    )
+    if "@" in url.partition("://")[2].partition("/")[2].partition("?")[0]:  # half of a password with a slash in it
+        raise unreadable
     try:
         return Database(make_conninfo("postgresql" + url[len(scheme) :], application_name="scanfeed"))
     except psycopg.ProgrammingError as error:
-        raise UsageError(f"database URL: {_first_line(error)}") from error
+        # libpq quotes what it did not understand: not if that may be of the password.
+        said = _first_line(error)
+        hidden = any(part in url.rpartition("@")[0] for part in said.split('"')[1::2])
+        raise unreadable if hidden else UsageError(f"database URL: {said}") from None
 
 
 def _bring_up(database: Database, *, force: bool) -> None:
@@ -242,10 +259,12 @@ def make_sql_login(conn: psycopg.Connection[tuple[Any, ...]]) -> tuple[str, str]
     schema = sql.Identifier(str((conn.execute("SELECT current_schema()").fetchone() or ("public",))[0]))
     try:
         if conn.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [role]).fetchone() is None:
-            conn.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(name, sql.Literal(password)))
-            conn.execute(sql.SQL("ALTER ROLE {} SET default_transaction_read_only = on").format(name))
-            conn.execute(sql.SQL("ALTER ROLE {} SET statement_timeout = {}").format(name, sql.Literal(f"{SQL_TIMEOUT_S}s")))
+            with conn.transaction():
+                conn.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(name, sql.Literal(password)))
+                conn.execute(sql.SQL("ALTER ROLE {} SET default_transaction_read_only = on").format(name))
+                conn.execute(sql.SQL("ALTER ROLE {} SET statement_timeout = {}").format(name, sql.Literal(f"{SQL_TIMEOUT_S}s")))
     except psycopg.errors.InsufficientPrivilege as error:
+        conn.commit()  # the name and password that the remedy speaks of
         raise DatabaseError(
             "the catalog's owner may not create roles, and SQL from users must run under a login without write rights; "
             f"let a superuser run: CREATE ROLE {role} LOGIN PASSWORD '(the one in table sql_login)', or grant CREATEROLE"

@@ -78,19 +78,6 @@ WRITE: tuple[str, ...] = (
              THEN gen_random_uuid() ELSE sample_key(s.sop_instance_uid, s.frame) END
     FROM {STAGED_INSTANCES} ORDER BY ins.id, s.frame, s.path ON CONFLICT (instance_id, frame) DO NOTHING
     """,
-    # A file that was replaced no longer holds what it held. What it held stays, without a place, with what was drawn on it.
-    f"""
-    WITH gone AS (
-        DELETE FROM location l USING file f
-        WHERE l.file_id = f.id AND f.root_id = %(root)s AND f.path IN (SELECT path FROM staged)
-          AND (l.image_id, l.file_id) NOT IN (
-              SELECT i.id, g.id FROM {STAGED_IMAGES} JOIN file g ON g.root_id = %(root)s AND g.path = s.path)
-        RETURNING l.file_id
-    )
-    INSERT INTO flag (rule, severity, detail, file_id, raised_by)
-    SELECT DISTINCT 'FILE-CHANGED', 'warning', 'other pixels lie under this path than before', file_id, 'ingest' FROM gone
-    ON CONFLICT DO NOTHING
-    """,
     f"""
     INSERT INTO location (image_id, file_id, byte_offset, byte_length, dtype, transfer_syntax_uid, preferred)
     SELECT i.id, f.id, s.byte_offset, s.byte_length, s.dtype, s.transfer_syntax_uid,
@@ -112,30 +99,12 @@ WRITE: tuple[str, ...] = (
         (s.row_spacing, s.column_spacing, s.image_position, s.image_orientation, s.position, s.slice_thickness, s.trigger_time, s.slope,
          s.intercept)
     """,
-    """
-    WITH tied AS (
-        SELECT i.id, ins.sop_instance_uid AS uid, i.frame, i.pixel_hash,
-               (SELECT min(f.path) FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id) AS path,
-               count(*) OVER (PARTITION BY ins.sop_instance_uid, i.frame, i.pixel_hash) > 1 AS same_pixels
-        FROM instance ins JOIN image i ON i.instance_id = ins.id
-        WHERE ins.sop_instance_uid IN (
-            SELECT s.sop_instance_uid FROM (SELECT DISTINCT sop_instance_uid FROM staged) s
-            WHERE s.sop_instance_uid = ''
-               OR (SELECT count(*) FROM instance o WHERE o.sop_instance_uid = s.sop_instance_uid) > 1)
-    ), keyed AS (
-        SELECT id, CASE WHEN same_pixels THEN sample_key(uid, frame, pixel_hash, coalesce(path, id::text))
-                        ELSE sample_key(uid, frame, pixel_hash) END AS sample_key FROM tied
-    )
-    UPDATE image SET sample_key = keyed.sample_key FROM keyed WHERE image.id = keyed.id AND image.sample_key <> keyed.sample_key
-    """,
-    """
-    INSERT INTO flag (rule, severity, detail, image_id, raised_by)
-    SELECT DISTINCT 'UID-CONFLICT', 'error', 'another file has this SOPInstanceUID (0008,0018) and other pixels', i.id, 'ingest'
-    FROM staged s JOIN instance o ON o.sop_instance_uid = s.sop_instance_uid JOIN image i ON i.instance_id = o.id
-    WHERE s.sop_instance_uid <> '' AND EXISTS (
-        SELECT FROM instance p JOIN image j ON j.instance_id = p.id
-        WHERE p.sop_instance_uid = s.sop_instance_uid AND j.frame = i.frame AND j.pixel_hash <> i.pixel_hash)
-    ON CONFLICT DO NOTHING
+    f"""
+    UPDATE instance SET sop_class_uid = s.sop_class_uid, instance_number = s.instance_number,
+        images_in_acquisition = s.images_in_acquisition
+    FROM {STAGED_IMAGES} {STAGED_FILES} JOIN location l ON l.image_id = i.id AND l.file_id = f.id AND l.preferred
+    WHERE instance.id = ins.id AND s.frame = 0 AND (ins.sop_class_uid, ins.instance_number, ins.images_in_acquisition)
+        IS DISTINCT FROM (s.sop_class_uid, s.instance_number, s.images_in_acquisition)
     """,
     """
     INSERT INTO flag (rule, severity, detail, file_id, raised_by)
@@ -143,6 +112,25 @@ WRITE: tuple[str, ...] = (
     FROM file f WHERE f.root_id = %(root)s AND f.path = ANY(%(other)s) ON CONFLICT DO NOTHING
     """,
 )
+
+
+# What a file held before it was replaced stays, without a place, with what was drawn on it.
+UNPLACE = f"""
+DELETE FROM location l USING file f
+WHERE l.file_id = f.id AND f.root_id = %(root)s AND f.path = ANY(%(paths)s)
+  AND (l.image_id, l.file_id) NOT IN (SELECT i.id, g.id FROM {STAGED_IMAGES} JOIN file g ON g.root_id = %(root)s AND g.path = s.path)
+RETURNING l.image_id, l.file_id
+"""
+
+FILE_CHANGED = """
+INSERT INTO flag (rule, severity, detail, file_id, raised_by)
+SELECT DISTINCT 'FILE-CHANGED', 'warning', 'other pixels lie under this path than before', g.file_id, 'ingest'
+FROM unnest(%(images)s::bigint[], %(files)s::bigint[]) AS g (image_id, file_id) JOIN image o ON o.id = g.image_id
+WHERE NOT EXISTS (
+    SELECT FROM location l JOIN image i ON i.id = l.image_id
+    WHERE l.file_id = g.file_id AND i.frame = o.frame AND i.pixel_hash = o.pixel_hash)
+ON CONFLICT DO NOTHING
+"""
 
 
 def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequence[ReadImage]) -> None:
@@ -161,51 +149,122 @@ def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequen
     close_file_flags(conn, root_id, paths)
     for statement in WRITE:
         conn.execute(statement, parameters)
-    prefer(conn, root_id, paths)
+    gone = conn.execute(UNPLACE, parameters).fetchall()
+    if gone:
+        images, files = zip(*gone, strict=True)
+        conn.execute(FILE_CHANGED, {"images": list(images), "files": list(files)})
+    settle(conn, root_id, paths, [image_id for image_id, _ in gone])
 
 
-def close_file_flags(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str]) -> None:
-    """Close what was found about these files when they were last read, by an ingest or at feed time."""
+def close_file_flags(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], reason: str = "the file was read again") -> None:
+    """Close what was found about these files when they were last read, by an ingest or at feed time.
+
+    That the pixels of a file that is still there once changed stays true: only a person closes that.
+    """
     conn.execute(
-        "UPDATE flag g SET state = 'resolved', closed_by = 'ingest', closed_at = now(), reason = 'the file was read again' "
-        "FROM file f WHERE g.file_id = f.id AND f.root_id = %s AND f.path = ANY(%s) "
-        "AND g.state = 'open' AND g.raised_by IN ('ingest', 'loaderd')",
-        [root_id, list(paths)],
+        "UPDATE flag g SET state = 'resolved', closed_by = 'ingest', closed_at = now(), reason = %(reason)s "
+        "FROM file f WHERE g.file_id = f.id AND f.root_id = %(root)s AND f.path = ANY(%(paths)s) "
+        "AND g.state = 'open' AND g.raised_by IN ('ingest', 'loaderd') AND (g.rule <> 'FILE-CHANGED' OR f.state = 'missing')",
+        {"reason": reason, "root": root_id, "paths": list(paths)},
     )
 
 
-def prefer(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str]) -> None:
-    """Choose again where the images in these files are read from: a present file, by offset where there is one."""
-    parameters = {"root": root_id, "paths": list(paths)}
-    ranked = """
-        WITH touched AS (
-            SELECT DISTINCT l.image_id FROM location l JOIN file f ON f.id = l.file_id
-            WHERE f.root_id = %(root)s AND f.path = ANY(%(paths)s)
-        ), ranked AS (
-            SELECT l.image_id, l.file_id, f.state = 'present' AND row_number() OVER (
-                PARTITION BY l.image_id ORDER BY f.state <> 'present', l.byte_offset IS NULL, f.id) = 1 AS best
-            FROM touched t JOIN location l ON l.image_id = t.image_id JOIN file f ON f.id = l.file_id
-        )
-        UPDATE location SET preferred = best FROM ranked
-        WHERE location.image_id = ranked.image_id AND location.file_id = ranked.file_id AND location.preferred <> best AND
-    """
+# Where an image is read from: a present file, by offset where there is one.
+RANKED = """
+WITH ranked AS (
+    SELECT l.image_id, l.file_id, f.state = 'present' AND row_number() OVER (
+        PARTITION BY l.image_id ORDER BY f.state <> 'present', l.byte_offset IS NULL, f.id) = 1 AS best
+    FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = ANY(%(images)s)
+)
+UPDATE location SET preferred = best FROM ranked
+WHERE location.image_id = ranked.image_id AND location.file_id = ranked.file_id AND location.preferred <> best AND
+"""
+
+# Among the images with a place, one UID that one content claims is the key; a UID that is missing or that several claim takes the pixels
+# too; if those are equal as well, the path and what the content belongs to. An image without a place gives way to those that have one.
+KEYED = """
+WITH tied AS (
+    SELECT i.id, i.frame, i.pixel_hash, ins.sop_instance_uid AS uid, p.path,
+           concat_ws(E'\\n', p.path, pt.patient_id, st.study_instance_uid, se.series_instance_uid, encode(ins.content_hash, 'hex')) AS own,
+           min(ins.id) FILTER (WHERE p.path IS NOT NULL) OVER one_uid
+               <> max(ins.id) FILTER (WHERE p.path IS NOT NULL) OVER one_uid AS shared,
+           count(p.path) OVER (PARTITION BY ins.sop_instance_uid, i.frame, i.pixel_hash) > 1 AS same_pixels
+    FROM instance ins JOIN image i ON i.instance_id = ins.id
+    JOIN series se ON se.id = ins.series_id JOIN study st ON st.id = se.study_id JOIN patient pt ON pt.id = st.patient_id
+    LEFT JOIN LATERAL (SELECT min(f.path) AS path FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id) p ON true
+    WHERE ins.sop_instance_uid = ANY(%(uids)s)
+    WINDOW one_uid AS (PARTITION BY ins.sop_instance_uid)
+), keyed AS (
+    SELECT id, CASE WHEN path IS NULL THEN sample_key(uid, frame, pixel_hash, 'image ' || id)
+                    WHEN uid <> '' AND NOT shared THEN sample_key(uid, frame)
+                    WHEN same_pixels THEN sample_key(uid, frame, pixel_hash, own)
+                    ELSE sample_key(uid, frame, pixel_hash) END AS sample_key FROM tied
+)
+UPDATE image SET sample_key = {} FROM keyed WHERE image.id = keyed.id AND image.sample_key <> keyed.sample_key
+"""
+
+# One UID stands for several contents as long as files with each of them are there.
+CONFLICTING = """
+WITH claims AS (
+    SELECT i.id, ins.sop_instance_uid AS uid, i.frame, i.pixel_hash,
+           EXISTS (SELECT FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id AND f.state = 'present') AS there
+    FROM instance ins JOIN image i ON i.instance_id = ins.id WHERE ins.sop_instance_uid = ANY(%(uids)s) AND ins.sop_instance_uid <> ''
+), conflicting AS (
+    SELECT c.id, c.there AND EXISTS (
+        SELECT FROM claims o WHERE o.uid = c.uid AND o.frame = c.frame AND o.pixel_hash <> c.pixel_hash AND o.there) AS conflict
+    FROM claims c
+)
+"""
+
+
+def settle(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], images: Sequence[int] = ()) -> None:
+    """Work out what follows for `images` and the images in these files: where to read them, their sample keys, conflicts of UIDs."""
+    touched = conn.execute(
+        "SELECT DISTINCT i.id, n.sop_instance_uid FROM image i JOIN instance n ON n.id = i.instance_id WHERE i.id = ANY(%s) OR i.id IN ("
+        "SELECT l.image_id FROM location l JOIN file f ON f.id = l.file_id WHERE f.root_id = %s AND f.path = ANY(%s))",
+        [list(images), root_id, list(paths)],
+    ).fetchall()
+    parameters = {"images": [image_id for image_id, _ in touched], "uids": list({uid for _, uid in touched})}
     # First the old ones down, then the new ones up: the index allows one at a time.
-    conn.execute(ranked + "NOT best", parameters)
-    conn.execute(ranked + "best", parameters)
+    conn.execute(RANKED + "NOT best", parameters)
+    conn.execute(RANKED + "best", parameters)
+    # Off the old keys first: two images may change places.
+    if conn.execute(KEYED.format("gen_random_uuid()"), parameters).rowcount:
+        conn.execute(KEYED.format("keyed.sample_key"), parameters)
+    conn.execute(
+        CONFLICTING + "UPDATE flag g SET state = 'resolved', closed_by = 'ingest', closed_at = now(), "
+        "reason = 'no other file has this UID any more' FROM conflicting c "
+        "WHERE g.image_id = c.id AND NOT c.conflict AND g.rule = 'UID-CONFLICT' AND g.state = 'open' AND g.raised_by = 'ingest'",
+        parameters,
+    )
+    conn.execute(
+        CONFLICTING + "INSERT INTO flag (rule, severity, detail, image_id, raised_by) SELECT 'UID-CONFLICT', 'error', "
+        "'another file has this SOPInstanceUID (0008,0018) and other pixels; remove one, or say which is right', id, 'ingest' "
+        "FROM conflicting WHERE conflict AND NOT EXISTS ("
+        "SELECT FROM flag g WHERE g.image_id = conflicting.id AND g.rule = 'UID-CONFLICT' AND g.closed_by <> 'ingest') "
+        "ON CONFLICT DO NOTHING",
+        parameters,
+    )
 
 
 def number_phases(conn: psycopg.Connection[Any]) -> None:
     """Number the phases of each series with an image that has none: by trigger time at the same position (to 0.01 mm)."""
-    conn.execute(
-        """
-        WITH ranked AS (
-            SELECT i.id, dense_rank() OVER (PARTITION BY ins.series_id, round(i.position * 100) ORDER BY i.trigger_time) - 1 AS phase
-            FROM instance ins JOIN image i ON i.instance_id = ins.id
-            WHERE i.trigger_time IS NOT NULL AND i.position IS NOT NULL AND ins.series_id IN (
-                SELECT n.series_id FROM image m JOIN instance n ON n.id = m.instance_id
-                WHERE m.phase IS NULL AND m.trigger_time IS NOT NULL AND m.position IS NOT NULL)
+    without = """
+        SELECT n.series_id FROM image m JOIN instance n ON n.id = m.instance_id
+        WHERE m.phase IS NULL AND m.trigger_time IS NOT NULL AND m.position IS NOT NULL
+          AND EXISTS (SELECT FROM location l WHERE l.image_id = m.id)
+    """
+    # Asked first: even an UPDATE of no row counts as a change of the catalog, for which a daemon plans its next epoch again.
+    if conn.execute(f"SELECT EXISTS ({without})").fetchone() == (True,):
+        conn.execute(
+            f"""
+            WITH ranked AS (
+                SELECT i.id, dense_rank() OVER (PARTITION BY ins.series_id, round(i.position * 100) ORDER BY i.trigger_time) - 1 AS phase
+                FROM instance ins JOIN image i ON i.instance_id = ins.id
+                WHERE i.trigger_time IS NOT NULL AND i.position IS NOT NULL AND ins.series_id IN ({without})
+                  AND EXISTS (SELECT FROM location l WHERE l.image_id = i.id)
+            )
+            UPDATE image SET phase = ranked.phase FROM ranked WHERE image.id = ranked.id AND image.phase IS DISTINCT FROM ranked.phase
+            """
         )
-        UPDATE image SET phase = ranked.phase FROM ranked WHERE image.id = ranked.id AND image.phase IS DISTINCT FROM ranked.phase
-        """
-    )
     conn.commit()

@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import islice
@@ -25,21 +25,35 @@ from catalog import __version__, images, layouts, pairings
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
 from catalog.layouts import Annotation, Entry, Found, Image, sunnybrook
-from catalog.reading import Progress, ReadAnnotation, ReadImage, Refused, Result, read_all
+from catalog.reading import NotPart, Progress, ReadAnnotation, ReadImage, Refused, Result, read_all
 
 LAYOUTS = {"sunnybrook": sunnybrook}
 FILES_PER_COMMIT = 5_000
 LOCK_CLASS = 0x5CA9  # advisory lock (LOCK_CLASS, root id): one ingest a root at a time
 
-LAST_PROBLEMS = """
-SELECT path, code, message FROM ingest_error
-WHERE stage = 'find' AND ingest_run_id = (SELECT max(id) FROM ingest_run WHERE root_id = %s) ORDER BY path COLLATE "C", code, message
-"""
+LAST_RUN = "SELECT id, state FROM ingest_run WHERE root_id = %s ORDER BY id DESC LIMIT 1"
 
 # Files that could not be read are tried again at every ingest, since a right given changes neither size nor time.
-STANDING = """
+UNREADABLE = """
 SELECT f.path, g.detail FROM flag g JOIN file f ON f.id = g.file_id
 WHERE f.root_id = %s AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE')
+"""
+
+# What ingests found and what is still so, whenever it was found; what is wrong with the tree itself comes from the tree.
+STANDING = """
+SELECT f.path, 'read' AS stage, split_part(g.detail, ': ', 1) AS code, substring(g.detail FROM position(': ' IN g.detail) + 2) AS message
+FROM flag g JOIN file f ON f.id = g.file_id
+WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error' AND g.raised_by = 'ingest'
+UNION ALL
+SELECT f.path, CASE split_part(g.rule, '-', 1) WHEN 'PAIR' THEN 'pair' WHEN 'MASK' THEN 'mask' ELSE 'read' END, lower(g.rule), g.detail
+FROM flag g LEFT JOIN pairing p ON p.id = g.pairing_id
+JOIN annotation a ON a.id = coalesce(g.annotation_id, p.annotation_id) JOIN file f ON f.id = a.file_id
+WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error' AND g.raised_by = 'ingest'
+UNION ALL
+SELECT f.path, 'read', lower(g.rule), g.detail
+FROM flag g JOIN location l ON l.image_id = g.image_id AND l.preferred JOIN file f ON f.id = l.file_id
+WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error' AND g.raised_by = 'ingest'
+ORDER BY 1, 2, 3, 4
 """
 
 
@@ -57,7 +71,6 @@ class Summary:
     proposed: int = 0
     unpaired: int = 0
     masks: int = 0
-    errors: int = 0
     standing_errors: int = 0
     left_over: int = 0
     seconds: float = 0.0
@@ -71,11 +84,15 @@ def find(folder: Path, layout: str = "auto") -> tuple[str, Found]:
     """
     try:
         folder = folder.resolve(strict=True)
+        str(folder).encode()
         if not folder.is_dir():
             raise CatalogError(f"{folder}: is no folder; ingest takes the folder that holds the studies")
         os.scandir(folder).close()
     except FileNotFoundError:
         raise CatalogError(f"{folder}: is not there; nothing was changed") from None
+    except UnicodeEncodeError:
+        shown = str(folder).encode(errors="replace").decode()
+        raise CatalogError(f"{shown}: its path is not UTF-8, which PostgreSQL cannot store; rename it") from None
     except (OSError, RuntimeError) as error:
         raise CatalogError(f"{folder}: {getattr(error, 'strerror', None) or error}; nothing was changed") from None
     tree = layouts.Tree(folder)
@@ -131,11 +148,11 @@ def ingest(
             conn.execute(pairings.WANTED)
             root_id = _root(conn, folder, name)
             conn.commit()
-            with _alone(conn, root_id, say):
-                run = Run(conn, root_id, layout, found)
-                summary = Summary(root=str(folder), layout=layout, left_over=found.left_over)
-                with run:
-                    _ingest(conn, run, found, summary, folder, jobs, executor, progress)
+            if _wait_alone(conn, root_id, say):
+                layout, found = find(folder, layout)  # again, since the other one may have seen a later state of the tree
+            summary = Summary(root=str(folder), layout=layout, left_over=found.left_over)
+            with Run(conn, root_id, layout, found) as run:
+                _ingest(conn, run, found, summary, folder, jobs, executor, progress)
     except psycopg.Error as error:
         raise explain(error, database) from error
     summary.seconds = round(time.monotonic() - begun, 3)
@@ -150,8 +167,8 @@ class Run:
         self.files_seen = len(found.images) + len(found.annotations)
         self.problems = sorted({(problem.path, problem.code, problem.message) for problem in found.problems})
         self.files_read = 0
-        self.errors = 0
         self._id: int | None = None
+        self._noted: set[tuple[str, str, str, str]] = set()
 
     @property
     def actor(self) -> str:
@@ -175,12 +192,24 @@ class Run:
         return self._id
 
     def refuse(self, path: str, stage: str, code: str, message: str) -> None:
-        """Note an error; it becomes durable with the caller's transaction."""
-        self.conn.execute(
-            "INSERT INTO ingest_error (ingest_run_id, path, stage, code, message) VALUES (%s, %s, %s, %s, %s)",
-            [self.id, path, stage, code, message],
-        )
-        self.errors += 1
+        """Note an error, once a run; it becomes durable with the caller's transaction."""
+        if (path, stage, code, message) not in self._noted:
+            self.conn.execute(
+                "INSERT INTO ingest_error (ingest_run_id, path, stage, code, message) VALUES (%s, %s, %s, %s, %s)",
+                [self.id, path, stage, code, message],
+            )
+            self._noted.add((path, stage, code, message))
+
+    def note_standing(self) -> int:
+        """Return how many errors stand. A run that has a row lists them all, also those that an earlier one found."""
+        standing = [
+            *self.conn.execute(STANDING, {"root": self.root_id}),
+            *((path, "find", code, text) for path, code, text in self.problems),
+        ]
+        if self._id is not None:
+            for error in standing:
+                self.refuse(*error)
+        return len(standing)
 
     def __enter__(self) -> Run:
         return self
@@ -194,7 +223,7 @@ class Run:
         state = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
         self.conn.execute(
             "UPDATE ingest_run SET state = %s, finished_at = now(), files_read = %s, errors = %s WHERE id = %s",
-            [state, self.files_read, self.errors, self._id],
+            [state, self.files_read, len(self._noted), self._id],
         )
         self.conn.commit()
 
@@ -212,33 +241,52 @@ def _ingest(
     rows = conn.execute("SELECT path, size, mtime_ns, state FROM file WHERE root_id = %s", [run.root_id])
     known = {path: (size, mtime, state) for path, size, mtime, state in rows}
     wanted: list[Image | Annotation] = [*found.images, *found.annotations]
-    standing = dict(conn.execute(STANDING, [run.root_id]).fetchall())
-    todo = [item for item in wanted if item.entry.path in standing or _differs(item.entry, known.get(item.entry.path))]
-    if run.problems != conn.execute(LAST_PROBLEMS, [run.root_id]).fetchall():
-        run.id  # noqa: B018  a run of its own, also when what was wrong is gone
-    summary.missing = _mark_missing(conn, run, {item.entry.path for item in wanted}, known)
+    unreadable = dict(conn.execute(UNREADABLE, [run.root_id]).fetchall())
+    todo = [item for item in wanted if item.entry.path in unreadable or _differs(item.entry, known.get(item.entry.path))]
+    if _last_differs(conn, run):
+        run.id  # noqa: B018  a run of its own, also when all that changed is that something wrong is gone
+    summary.missing = _mark_missing(conn, run, list(known.keys() - {item.entry.path for item in wanted}))
     conn.commit()
     polygons = {item.entry.path: item for item in found.annotations}
     with contextlib.closing(read_all(str(folder), todo, jobs, executor, progress)) as results:
         while batch := list(islice(results, FILES_PER_COMMIT)):
-            _write(conn, run, batch, polygons, standing)
+            _write(conn, run, batch, polygons, unreadable)
             conn.commit()
-    summary.files_read = run.files_read = len(todo)
+            run.files_read += sum(not isinstance(result, NotPart) for result in batch)
+    summary.files_read = run.files_read
     _write_originals(conn, found)
     images.number_phases(conn)
     pairings.pair(conn, run, found.annotations)
     conn.commit()
     pairings.make_masks(conn, run)
     conn.commit()
+    summary.standing_errors = run.note_standing()
+    conn.commit()
     _count(conn, run, summary)
 
 
+def _last_differs(conn: psycopg.Connection[Any], run: Run) -> bool:
+    """Was the last run cut short, or is something else wrong with the tree than then?"""
+    last = conn.execute(LAST_RUN, [run.root_id]).fetchone()
+    if last is None or last[1] != "finished":
+        return last is not None or bool(run.problems)
+    rows = conn.execute("SELECT path, code, message FROM ingest_error WHERE stage = 'find' AND ingest_run_id = %s", [last[0]])
+    return run.problems != sorted(rows.fetchall())
+
+
 def _root(conn: psycopg.Connection[Any], folder: Path, name: str | None) -> int:
-    row = conn.execute("SELECT id FROM root WHERE url = %s", [str(folder)]).fetchone()
+    """Return the root's id; a new folder becomes a root."""
+    known = "SELECT id, name FROM root WHERE url = %s"
+    row = conn.execute(known, [str(folder)]).fetchone()
+    if row is None:  # root ids begin at 1, so this lock is that of making a root
+        conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [LOCK_CLASS])
+        row = conn.execute(known, [str(folder)]).fetchone()
     if row is not None:
+        if name not in (None, row[1]):
+            raise CatalogError(f"--name {name}: this folder is in the catalog already, as {row[1]}; leave --name out")
         return int(row[0])
     wanted = name or folder.name or "root"
-    taken = {taken for (taken,) in conn.execute("SELECT name FROM root WHERE name LIKE %s", [wanted.replace("%", r"\%") + "%"])}
+    taken = {taken for (taken,) in conn.execute("SELECT name FROM root WHERE starts_with(name, %s)", [wanted])}
     if name in taken:
         raise CatalogError(f"--name {name}: another root has this name; choose one that is free (see `catalog status`)")
     free = wanted if wanted not in taken else next(f"{wanted}-{n}" for n in range(2, len(taken) + 3) if f"{wanted}-{n}" not in taken)
@@ -247,21 +295,23 @@ def _root(conn: psycopg.Connection[Any], folder: Path, name: str | None) -> int:
     return int(row[0])
 
 
-@contextlib.contextmanager
-def _alone(conn: psycopg.Connection[Any], root_id: int, say: Callable[[str], None]) -> Iterator[None]:
-    if conn.execute("SELECT pg_try_advisory_lock(%s, %s)", [LOCK_CLASS, root_id]).fetchone() != (True,):
+def _wait_alone(conn: psycopg.Connection[Any], root_id: int, say: Callable[[str], None]) -> bool:
+    """Keep other ingests of this root out until the connection ends. Returns whether one had to be waited for."""
+    waits = conn.execute("SELECT pg_try_advisory_lock(%s, %s)", [LOCK_CLASS, root_id]).fetchone() != (True,)
+    if waits:
         say("another ingest of this root is running; waiting for it")
         conn.execute("SELECT pg_advisory_lock(%s, %s)", [LOCK_CLASS, root_id])
     conn.commit()
-    yield  # the lock goes with the connection, however this ends
+    return waits
 
 
 def _differs(entry: Entry, known: tuple[int, int, str] | None) -> bool:
-    return known != (entry.size, entry.mtime_ns, "present")
+    # An unreadable file whose flag a person closed is left in peace until it changes.
+    return known is None or known[:2] != (entry.size, entry.mtime_ns) or known[2] == "missing"
 
 
 def _write(
-    conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], polygons: dict[str, Annotation], standing: dict[str, str]
+    conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], polygons: dict[str, Annotation], unreadable: dict[str, str]
 ) -> None:
     read = [result for result in results if isinstance(result, ReadImage)]
     if read:
@@ -271,7 +321,7 @@ def _write(
         if isinstance(result, ReadAnnotation):
             file_id = _write_file(conn, run, result.entry, "annotation", "present")
             pairings.write_polygon(conn, run.id, file_id, polygons[result.entry.path], result.polygon)
-        elif isinstance(result, Refused) and standing.get(result.entry.path) != f"{result.code}: {result.message}":
+        elif isinstance(result, Refused) and unreadable.get(result.entry.path) != f"{result.code}: {result.message}":
             file_id = _write_file(conn, run, result.entry, result.kind, "unreadable")
             conn.execute(
                 "INSERT INTO flag (rule, severity, detail, file_id, raised_by) VALUES ('FILE-UNREADABLE', 'error', %s, %s, 'ingest')",
@@ -280,8 +330,10 @@ def _write(
             run.refuse(result.entry.path, "read", result.code, result.message)
             refused.append(result.entry.path)
     if refused:
-        images.prefer(conn, run.root_id, refused)
+        images.settle(conn, run.root_id, refused)
         pairings.retire(conn, run.root_id, refused)
+    # Perhaps there was an image in it once.
+    _mark_missing(conn, run, [result.entry.path for result in results if isinstance(result, NotPart)])
 
 
 def _write_file(conn: psycopg.Connection[Any], run: Run, entry: Entry, kind: str, state: str) -> int:
@@ -296,48 +348,48 @@ def _write_file(conn: psycopg.Connection[Any], run: Run, entry: Entry, kind: str
     return int(row[0])
 
 
-def _mark_missing(conn: psycopg.Connection[Any], run: Run, seen: set[str], known: dict[str, tuple[int, int, str]]) -> int:
-    gone = [path for path, (_, _, state) in known.items() if state != "missing" and path not in seen]
-    if gone:
+def _mark_missing(conn: psycopg.Connection[Any], run: Run, paths: Sequence[str]) -> int:
+    """Note that these files are not there any more; returns how many of them are news."""
+    rows = conn.execute(
+        "SELECT path FROM file WHERE root_id = %s AND path = ANY(%s) AND state <> 'missing'", [run.root_id, list(paths)]
+    ).fetchall()
+    if gone := [path for (path,) in rows]:
         conn.execute(
             "UPDATE file SET state = 'missing', ingest_run_id = %s WHERE root_id = %s AND path = ANY(%s)", [run.id, run.root_id, gone]
         )
-        images.prefer(conn, run.root_id, gone)
+        images.close_file_flags(conn, run.root_id, gone, "the file is gone")
+        images.settle(conn, run.root_id, gone)
         pairings.retire(conn, run.root_id, gone)
     return len(gone)
 
 
 def _write_originals(conn: psycopg.Connection[Any], found: Found) -> None:
-    conn.execute(
-        "UPDATE patient SET original_id = o.original FROM unnest(%s::text[], %s::text[]) AS o(patient, original) "
-        "WHERE patient_id = o.patient AND original_id IS DISTINCT FROM o.original",
-        [list(found.originals), list(found.originals.values())],
-    )
+    rows = conn.execute("SELECT patient_id, original_id FROM patient WHERE patient_id = ANY(%s)", [list(found.originals)])
+    if changed := [patient for patient, original in rows if original != found.originals[patient]]:
+        conn.execute(
+            "UPDATE patient SET original_id = o.original FROM unnest(%s::text[], %s::text[]) AS o(patient, original) "
+            "WHERE patient_id = o.patient",
+            [changed, [found.originals[patient] for patient in changed]],
+        )
     conn.commit()
 
 
 def _count(conn: psycopg.Connection[Any], run: Run, summary: Summary) -> None:
     row = conn.execute(
         """
-        SELECT (SELECT count(*) FROM location l JOIN file f ON f.id = l.file_id WHERE f.root_id = %(root)s AND f.state = 'present'),
+        SELECT (SELECT count(DISTINCT l.image_id) FROM location l JOIN file f ON f.id = l.file_id
+                WHERE f.root_id = %(root)s AND f.state = 'present'),
                count(*), count(*) FILTER (WHERE p.accepted > 0), count(*) FILTER (WHERE p.accepted = 0 AND p.proposed > 0),
-               count(*) FILTER (WHERE p.accepted = 0 AND p.proposed = 0),
-               (SELECT count(*) FROM mask m JOIN pairing q ON q.id = m.pairing_id JOIN annotation b ON b.id = q.annotation_id AND b.current
-                JOIN file f ON f.id = b.file_id WHERE f.root_id = %(root)s),
-               (SELECT count(*) FROM flag g JOIN file f ON f.id = g.file_id
-                WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error')
-               + (SELECT count(*) FROM flag g JOIN annotation b ON b.id = g.annotation_id JOIN file f ON f.id = b.file_id
-                  WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error')
-               + (SELECT count(*) FROM ingest_error e WHERE e.stage = 'find'
-                  AND e.ingest_run_id = (SELECT max(id) FROM ingest_run WHERE root_id = %(root)s))
+               count(*) FILTER (WHERE p.accepted = 0 AND p.proposed = 0), coalesce(sum(p.masks), 0)
         FROM annotation a JOIN file f ON f.id = a.file_id AND f.root_id = %(root)s
         CROSS JOIN LATERAL (
-            SELECT count(*) FILTER (WHERE q.state = 'accepted') AS accepted, count(*) FILTER (WHERE q.state = 'proposed') AS proposed
-            FROM pairing q WHERE q.annotation_id = a.id) p
+            SELECT count(*) FILTER (WHERE q.state = 'accepted') AS accepted, count(*) FILTER (WHERE q.state = 'proposed') AS proposed,
+                   count(*) FILTER (WHERE m.pairing_id IS NOT NULL AND q.state <> 'rejected') AS masks
+            FROM pairing q LEFT JOIN mask m ON m.pairing_id = q.id WHERE q.annotation_id = a.id) p
         WHERE a.current
         """,
         {"root": run.root_id},
     ).fetchone()
     assert row is not None
-    summary.images, summary.annotations, summary.paired, summary.proposed, summary.unpaired, summary.masks, summary.standing_errors = row
-    summary.errors = run.errors
+    summary.images, summary.annotations, summary.paired, summary.proposed, summary.unpaired = row[:5]
+    summary.masks = int(row[5])

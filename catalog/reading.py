@@ -1,7 +1,7 @@
 """Files → what their rows will hold, in parallel processes. Nothing here knows a database.
 
 Bounded numbers of files are in flight, so memory is bounded whatever the tree's size. A reading process that dies takes nothing with
-it: the files it had are read again one by one, and the one that kills its reader is refused.
+it: the files it had are read again apart, and the one that kills its reader is refused.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import hashlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from catalog.errors import FileError
 from catalog.layouts import Annotation, Entry, Image
 
 FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own cost (0.2 ms a task) is lost in it
+TASKS_AT_ONCE = 16
+LONGEST_UID = 1_000  # characters; far beyond PS3.5 9.1, since UIDs are kept as found, and within what PostgreSQL indexes
+LONGEST_MM = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,14 @@ class ReadAnnotation:
     polygon: Polygon
 
 
-Result = ReadImage | ReadAnnotation | Refused | None
+@dataclass(frozen=True, slots=True)
+class NotPart:
+    """A file that turned out to be no part of the layout."""
+
+    entry: Entry
+
+
+Result = ReadImage | ReadAnnotation | Refused | NotPart
 Progress = Callable[[int, int], None]
 
 
@@ -82,7 +92,7 @@ def polygon(rings: Sequence[NDArray[np.float64]]) -> Polygon:
 def _processes(jobs: int | None, files: int) -> Iterator[Executor]:
     # Never fork: this process has a libpq connection, and may have threads.
     workers = max(1, min(jobs or os.cpu_count() or 1, -(-files // FILES_PER_TASK)))
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_reading)
     try:
         yield pool
     except BaseException:
@@ -93,23 +103,43 @@ def _processes(jobs: int | None, files: int) -> Iterator[Executor]:
     pool.shutdown()
 
 
-def _ignore_interrupts() -> None:
+def _submit(pool: Executor, folder: str, items: Sequence[Image | Annotation]) -> Future[list[Result]]:
+    """Hand files to a reading process. One that starts now inherits that Ctrl-C is for the writer alone, from its first line on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return pool.submit(read_files, folder, items)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(read_files, folder, items)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_reading() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the writer decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A writer killed by -9 cannot stop its readers, and they would wait for work for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def read_all(
     folder: str, todo: Sequence[Image | Annotation], jobs: int | None, executor: Executor | None, progress: Progress
 ) -> Generator[Result]:
     """Yield a result a file, in no order; read by `executor`, or by `jobs` processes of this machine."""
-    tasks = (todo[start : start + FILES_PER_TASK] for start in range(0, len(todo), FILES_PER_TASK))
+    tasks = deque(todo[start : start + FILES_PER_TASK] for start in range(0, len(todo), FILES_PER_TASK))
     running: dict[Future[list[Result]], Sequence[Image | Annotation]] = {}
     read = 0
-    while read < len(todo):
+    while tasks:
         with contextlib.nullcontext(executor) if executor else _processes(jobs, len(todo) - read) as pool:
             try:
-                while read < len(todo):
-                    for items in islice(tasks, 16 - len(running)):
-                        running[pool.submit(read_files, folder, items)] = items
+                while tasks or running:
+                    while tasks and len(running) < TASKS_AT_ONCE:
+                        running[_submit(pool, folder, tasks[0])] = tasks[0]
+                        tasks.popleft()
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         results = future.result()
@@ -117,39 +147,57 @@ def read_all(
                         read += len(results)
                         progress(read, len(todo))
                         yield from results
-            except BrokenProcessPool:
-                pass  # a reading process died: below, and then the rest in new ones
+            except BrokenExecutor:
+                executor = None  # a reading process died: below, and then the rest in new ones
         while running:
             _, items = running.popitem()
+            yield from _read_apart(folder, items)
             read += len(items)
-            yield from _read_one_by_one(folder, items)
+            progress(read, len(todo))
 
 
-def _read_one_by_one(folder: str, items: Iterable[Image | Annotation]) -> Iterator[Result]:
-    """After a reading process died: each file in a process of its own, so that the one that kills it is found."""
-    for item in items:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts) as alone:
-            try:
-                yield from alone.submit(read_files, folder, [item]).result()
-            except BrokenProcessPool:
-                kind = "image" if isinstance(item, Image) else "annotation"
-                yield Refused(
-                    item.entry, kind, "reader-died", "the process that read it died; it is left out; look at it with another program"
-                )
+def _read_apart(folder: str, items: Sequence[Image | Annotation]) -> Iterator[Result]:
+    """After a reading process died: in a process of their own and by halves, until the file that kills it is found."""
+    with _processes(1, 1) as alone:
+        try:
+            results = _submit(alone, folder, items).result()
+        except BrokenExecutor:
+            results = None
+    if results is not None:
+        yield from results
+    elif len(items) > 1:
+        yield from _read_apart(folder, items[: len(items) // 2])
+        yield from _read_apart(folder, items[len(items) // 2 :])
+    else:
+        died = "the process that read it died; it is left out; look at it with another program"
+        yield Refused(items[0].entry, _kind(items[0]), "reader-died", died)
 
 
 def read_files(folder: str, items: Sequence[Image | Annotation]) -> list[Result]:
-    """Read some files of one root; None for one that turns out to be no part of the layout. Runs in a reading process."""
-    return [_read_image(folder, item) if isinstance(item, Image) else _read_annotation(folder, item) for item in items]
+    """Read some files of one root. Runs in a reading process."""
+    return [_read(folder, item) for item in items]
 
 
-def _read_image(folder: str, item: Image) -> Result:
+def _read(folder: str, item: Image | Annotation) -> Result:
     try:
-        found = dicom.read_instance(Path(folder, item.entry.path))
+        return _read_image(folder, item) if isinstance(item, Image) else _read_annotation(folder, item)
     except FileError as error:
-        if error.code == "not-dicom" and not item.sure:
-            return None
-        return Refused(item.entry, "image", error.code, str(error))
+        if error.code == "not-dicom" and isinstance(item, Image) and not item.sure:
+            return NotPart(item.entry)
+        return Refused(item.entry, _kind(item), error.code, str(error))
+    except Exception as error:  # one file of a million must not stop the others; the text could hold a value of its header
+        return Refused(item.entry, _kind(item), "reader-failed", f"reading it failed with {type(error).__name__}; it is left out")
+
+
+def _kind(item: Image | Annotation) -> str:
+    return "image" if isinstance(item, Image) else "annotation"
+
+
+def _read_image(folder: str, item: Image) -> ReadImage:
+    found = dicom.read_instance(Path(folder, item.entry.path))
+    for uid in (found.study_instance_uid, found.series_instance_uid, found.sop_instance_uid):
+        if len(uid) > LONGEST_UID:
+            raise FileError("unreadable", f"a UID of {len(uid)} characters, where DICOM allows 64 (PS3.5 9.1), so the header is damaged")
     content = hashlib.sha256(b"".join(frame.pixel_hash for frame in found.frames)).digest()
     head = (
         item.entry.path, item.entry.size, item.entry.mtime_ns, item.patient, _text(found.study_instance_uid), _text(found.study_date),
@@ -160,8 +208,8 @@ def _read_image(folder: str, item: Image) -> Result:
     rows = [
         (
             *head, frame.frame, frame.rows, frame.columns, frame.samples_per_pixel, _text(frame.photometric),
-            *(frame.pixel_spacing or (None, None)), _list(frame.image_position), _list(frame.image_orientation), frame.position,
-            frame.slice_thickness, frame.trigger_time, frame.slope, frame.intercept, frame.pixel_hash,
+            *_spacing(frame.pixel_spacing), _list(frame.image_position), _list(frame.image_orientation), _mm(frame.position),
+            _mm(frame.slice_thickness), frame.trigger_time, frame.slope, frame.intercept, frame.pixel_hash,
             frame.offset, frame.length if frame.dtype else None, frame.dtype,
         )
         for frame in found.frames
@@ -169,16 +217,14 @@ def _read_image(folder: str, item: Image) -> Result:
     return ReadImage(item.entry, rows, other_patient=found.patient_id not in ("", item.patient))
 
 
-def _read_annotation(folder: str, item: Annotation) -> Result:
+def _read_annotation(folder: str, item: Annotation) -> ReadAnnotation:
+    if item.entry.size > contours.MAX_BYTES:
+        raise FileError("contour-unreadable", f"{item.entry.size} bytes are too many for a contour; it is left out")
     try:
-        data = Path(folder, item.entry.path).read_bytes() if item.entry.size <= contours.MAX_BYTES else b""
-        if not data and item.entry.size:
-            raise FileError("contour-unreadable", f"{item.entry.size} bytes are too many for a contour; it is left out")
-        return ReadAnnotation(item.entry, polygon([contours.read_points(data)]))
-    except FileError as error:
-        return Refused(item.entry, "annotation", error.code, str(error))
+        data = Path(folder, item.entry.path).read_bytes()
     except OSError as error:
-        return Refused(item.entry, "annotation", "unreadable", f"{error.strerror}; it is left out; give read access, then ingest again")
+        raise FileError("unreadable", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+    return ReadAnnotation(item.entry, polygon([contours.read_points(data)]))
 
 
 def _text(value: str) -> str:
@@ -188,6 +234,15 @@ def _text(value: str) -> str:
 
 def _int4(value: int | None) -> int | None:
     return value if value is not None and -(2**31) <= value < 2**31 else None
+
+
+def _mm(value: float | None) -> float | None:
+    # A damaged header's 1e300 mm would overflow in the views, and one such row would fail every query over all.
+    return value if value is not None and abs(value) < LONGEST_MM else None
+
+
+def _spacing(spacing: tuple[float, float] | None) -> tuple[float | None, float | None]:
+    return spacing if spacing and all(0 < value < LONGEST_MM for value in spacing) else (None, None)
 
 
 def _list(value: tuple[float, ...] | None) -> list[float] | None:

@@ -392,7 +392,12 @@ epoch_order = Table(
     Column("epoch_id", BigInteger, ForeignKey("epoch.id", ondelete="CASCADE"), primary_key=True, comment="Whose order."),
     Column("part", Integer, primary_key=True, comment="Positions 1024 * part and following."),
     Column("sample_ids", ARRAY(BigInteger), nullable=False, comment="image.id at each position."),
-    Column("annotation_ids", ARRAY(BigInteger), nullable=False, comment="One a position and structure, in the stream's order; 0: none."),
+    Column(
+        "annotation_ids",
+        ARRAY(BigInteger),
+        nullable=False,
+        comment="Of the stream's first structure one a position, then of the next; 0: none.",
+    ),
     CheckConstraint("cardinality(sample_ids) BETWEEN 1 AND 1024", name="part"),
     comment="The random permutation of an epoch, as the database made it: 1,024 positions a row.",
 )

@@ -26,6 +26,10 @@ PATH_LIMIT = 107  # bytes of a socket's address: sun_path less its end
 
 Message = dict[str, Any]
 
+# Made once: `json.dumps` with separators makes an encoder a call, and `json.loads` of bytes guesses their encoding.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder().decode
+
 
 class MessageError(CatalogError):
     """What came is no message of this protocol."""
@@ -33,7 +37,7 @@ class MessageError(CatalogError):
 
 def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
     """Send one message, descriptors with it. Raises BlockingIOError if the peer does not read, BrokenPipeError if it is gone."""
-    data = json.dumps(message, separators=(",", ":")).encode()
+    data = _encode(message).encode()
     if len(data) > LIMIT:
         raise MessageError(f"a message of {len(data)} bytes is over the limit of {LIMIT}; shorten where= or structures=")
     if fds:
@@ -66,7 +70,7 @@ def _parse(data: bytes) -> Message:
     if len(data) > LIMIT:
         raise MessageError(f"a message is over the limit of {LIMIT} bytes")
     try:
-        message = json.loads(data)
+        message = _decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise MessageError("what came is not JSON") from error
     if not isinstance(message, dict):

@@ -27,6 +27,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ HEADER = 64
 RING_BYTES = 256 << 20  # what the default number of slots aims at
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """Where everything lies in a ring. Sizes in samples, px and slots."""
 
@@ -51,27 +52,27 @@ class Layout:
     dtype: str
     slots: int
 
-    @property
+    @cached_property
     def images_at(self) -> int:
         """Byte in the slot where the images begin."""
         return _pages(HEADER + self.batch_size * (8 + 16 + 1 + self.structures))
 
-    @property
+    @cached_property
     def image_bytes(self) -> int:
         """Bytes of one image."""
         return self.rows * self.columns * np.dtype(self.dtype).itemsize
 
-    @property
+    @cached_property
     def masks_at(self) -> int:
         """Byte in the slot where the masks begin."""
         return self.images_at + _pages(self.batch_size * self.image_bytes)
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Bytes from slot to slot."""
         return self.masks_at + _pages(self.batch_size * self.structures * self.rows * self.columns)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes of the ring."""
         return self.stride * self.slots

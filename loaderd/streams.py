@@ -25,6 +25,7 @@ from loaderd.orders import Definition, Plan
 from loaderd.supply import CHUNK, Event, Failed, Fetched, Opened, Planned, Started, Supply
 from loaderd.workers import Workers
 
+FETCHED_AHEAD = 2 * CHUNK  # positions; a crash reports at most these and one chunk more as delivered than were
 UNREADABLE_SHARE = 0.01  # of an epoch; beyond it the storage is at fault, not single files
 
 
@@ -232,15 +233,15 @@ class Stream:
         if self._closed or self.layout is None:
             return
         self._announce()
-        for position, epoch in enumerate(list(self._epochs)):
+        for epoch in list(self._epochs):
             if epoch.plan is None or not (epoch.asked or self._ahead):
                 break
             self._dispatch(epoch)
             self._fetch(epoch)
+            if epoch.started and len(self._epochs) == 1:
+                self._prepare(epoch.number + 1)
             if not self._all_fetched(epoch):
                 break
-            if position == len(self._epochs) - 1 and position == 0 and epoch.started:
-                self._prepare(epoch.number + 1)
 
     def _prepare(self, number: int) -> Epoch:
         epoch = Epoch(number)
@@ -255,13 +256,13 @@ class Stream:
             self.supply.begin(epoch.plan, epoch.chunks[0].span if epoch.chunks else None)
 
     def _fetch(self, epoch: Epoch) -> None:
-        """Have the next positions fetched when fewer batches wait than the ring has slots."""
+        """Have the next positions fetched while less waits here than the ring and two chunks hold."""
         if epoch.fetching or self._all_fetched(epoch) or self.layout is None or epoch.plan is None:
             return
         if not epoch.started and (epoch.fetched_to or epoch.asked):
             return  # before it is final one chunk is enough; while it becomes final a new one would miss its reservation
         size = self.definition.batch_size
-        if epoch.fetched_to - epoch.next_batch * size > self.layout.slots * size:
+        if epoch.fetched_to - epoch.next_batch * size > max(self.layout.slots * size, FETCHED_AHEAD):
             return
         first = epoch.fetched_to
         epoch.fetched_to = min(first + max(1, CHUNK // size) * size, self._end_of(epoch.plan))
@@ -461,7 +462,8 @@ class Stream:
 
     def _end_of(self, plan: Plan) -> int:
         """The position after the last that is fed."""
-        return min(plan.num_samples, self._steps(plan) * self.definition.batch_size)
+        size = self.definition.batch_size
+        return plan.num_samples // size * size if self.definition.tail == "drop" else plan.num_samples
 
     def _all_fetched(self, epoch: Epoch) -> bool:
         return epoch.plan is not None and epoch.fetched_to >= self._end_of(epoch.plan)

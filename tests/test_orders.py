@@ -28,7 +28,8 @@ def plan(url: str, definition: Definition, epoch: int, run: str = "test") -> tup
         run_id, _ = ledger.open_run(conn, run, stream_id)
         conn.commit()
         planner = orders.Planner(db, definition, run_id, stream_id)
-        made = planner.plan(epoch, orders.one_shape(orders.shapes(planner.reading, definition), definition))
+        found = orders.shapes(planner.reading, definition)
+        made = planner.plan(epoch, orders.one_shape(found, definition), sum(found.values()))
         made.wait_for(made.num_samples)
         if planner._rest is not None:
             planner._rest.join()
@@ -115,13 +116,43 @@ def test_large_epochs_begin_before_they_are_sorted(database_url: str, studies: P
     stored: list[tuple[int, int]] = []
     insert = orders.Planner._insert
     monkeypatch.setattr(
-        orders.Planner, "_insert", lambda self, plan, part, *ids: (stored.append((plan.stored, part)), insert(self, plan, part, *ids))
+        orders.Planner, "_insert", lambda self, plan, part: (stored.append((plan.stored, part.number)), insert(self, plan, part))
     )
     assert plan(database_url, INNER, 0, run="early") == whole
     parts = -(-len(whole[0]) // 4)
     assert stored == [(0, 0), (0, 1), *((8, part) for part in range(2, parts))]
     with psycopg.connect(database_url) as conn:
         assert conn.execute("SELECT count(DISTINCT order_sha256), count(order_sha256) FROM epoch").fetchone() == (1, 2)
+
+
+@pytest.mark.parametrize("structures", [("inner",), ("outer", "inner"), ()])
+def test_next_epoch_permutes_the_last_one(
+    database_url: str, studies: Path, conn: psycopg.Connection, structures: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the catalog does not change, an epoch's samples come from the last order and not from the view, in the same order as ever;
+    once it changed, from the view."""
+    take_in(database_url, studies)
+    definition = Definition(structures=structures, seed=5, require="any")
+    expected = [plan(database_url, definition, epoch, run=f"fresh {epoch}") for epoch in range(3)]
+    selected: list[int] = []
+    monkeypatch.setattr(orders, "selection", lambda given, call=orders.selection: selected.append(1) or call(given))
+    with database.open_database(database_url) as db:
+        stream_id = ledger.open_stream(conn, definition)
+        run_id, _ = ledger.open_run(conn, "one planner", stream_id)
+        planner = orders.Planner(db, definition, run_id, stream_id)
+        plans = [planner.plan(epoch, (64, 64), 48) for epoch in range(3)]
+        assert len(selected) == 1
+        conn.execute("INSERT INTO flag (rule, severity, detail, image_id, raised_by) SELECT 'T', 'error', '', min(id), 't' FROM image")
+        fewer = planner.plan(3, (64, 64), 48)
+        assert len(selected) == 2
+        planner.close()
+    rows = "SELECT sample_ids, annotation_ids FROM epoch_order WHERE epoch_id = %s ORDER BY part"
+    for made, (keys, drawn) in zip(plans, expected, strict=True):
+        [(samples, annotations)] = conn.execute(rows, [made.epoch_id]).fetchall()
+        assert annotations == drawn
+        named = dict(conn.execute("SELECT id, sample_key::text FROM image").fetchall())
+        assert [named[sample] for sample in samples] == keys
+    assert fewer.num_samples in (plans[0].num_samples, plans[0].num_samples - 1)
 
 
 def test_where_stands_alone(database_url: str, studies: Path) -> None:
@@ -144,17 +175,17 @@ def test_limit_takes_the_first_by_key(database_url: str, studies: Path) -> None:
 
 
 def test_several_structures(database_url: str, studies: Path, conn: psycopg.Connection) -> None:
-    """An order keeps for each position one annotation a structure, in the order in which they were asked for; 0 where there is none."""
+    """An order keeps one annotation a position of the first structure that was asked for, then of the next; 0 where there is none."""
     take_in(database_url, studies)
     keys, drawn = plan(database_url, Definition(structures=("outer", "inner"), require="any"), 0)
     assert len(drawn) == 2 * len(keys)
     names = dict(conn.execute("SELECT a.id, s.name FROM annotation a JOIN structure s ON s.id = a.structure_id").fetchall())
-    assert {names[one] for one in drawn[0::2] if one} == {"outer"}
-    assert {names[one] for one in drawn[1::2] if one} == {"inner"}
-    assert 0 in drawn[0::2]
+    assert {names[one] for one in drawn[: len(keys)] if one} == {"outer"}
+    assert {names[one] for one in drawn[len(keys) :] if one} == {"inner"}
+    assert 0 in drawn[: len(keys)]
     both, _ = plan(database_url, Definition(structures=("outer", "inner")), 0)
     assert set(both) < set(keys)
-    assert len(both) == sum(1 for one in drawn[0::2] if one)
+    assert len(both) == sum(1 for one in drawn[: len(keys)] if one)
 
 
 @given(

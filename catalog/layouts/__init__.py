@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+LONGEST_PATH = 2_000  # bytes; PostgreSQL indexes at most 2,704
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -102,13 +104,22 @@ class Tree:
                 except UnicodeEncodeError:
                     self._refuse(folder, "name-not-utf8", "a name in this folder is not UTF-8, which PostgreSQL cannot store; rename it")
                     continue
+                path = os.path.relpath(item.path, self.root)
+                if len(path.encode()) > LONGEST_PATH:
+                    self._refuse(folder, "path-too-long", f"a path below it is over {LONGEST_PATH} bytes long; give it shorter names")
+                    continue
                 try:
                     # Links to folders are not followed: two of them can point at each other.
                     if item.is_dir(follow_symlinks=False):
                         folders.append(Path(item.path))
+                    elif item.is_dir():
+                        if not Path(item.path).resolve().is_relative_to(self.root):
+                            self._refuse(
+                                Path(item.path), "folder-link", "a link to a folder elsewhere, which is not followed; put the folder here"
+                            )
                     elif item.is_file():
                         found_stat = item.stat()
-                        yield Entry(os.path.relpath(item.path, self.root), found_stat.st_size, found_stat.st_mtime_ns)
+                        yield Entry(path, found_stat.st_size, found_stat.st_mtime_ns)
                 except OSError as error:
                     self._refuse(Path(item.path), "file-unreadable", f"{error.strerror}: not catalogued")
 

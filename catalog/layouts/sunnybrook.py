@@ -99,6 +99,11 @@ def _link(tree: Tree, found: Found) -> dict[int, tuple[str, str]]:
     except UnicodeDecodeError:
         refuse("link-unreadable", "is not UTF-8 text: no contour can be paired without it; save it as UTF-8, then ingest again")
         return {}
+    if "\0" in content:
+        refuse(
+            "link-unreadable", "holds NUL bytes, so it is no text: no contour can be paired without it; save it as UTF-8, then ingest again"
+        )
+        return {}
     lines: dict[int, tuple[str, str]] = {}
     try:
         reader = csv.reader(io.StringIO(content, newline=""), strict=True)
@@ -118,11 +123,10 @@ def _link(tree: Tree, found: Found) -> dict[int, tuple[str, str]]:
             lines[reader.line_num] = (values[patient_at], values[original_at])
     except csv.Error as error:
         refuse("link-columns", f"line {reader.line_num}: {error}; the lines from here on are left out")
+    counts = [Counter(pair[at] for pair in set(lines.values())) for at in (0, 1)]
     for at, name in ((0, "patient_id"), (1, "original_id")):
-        counts = Counter(pair[at] for pair in set(lines.values()))
-        doubled = [number for number, pair in lines.items() if counts[pair[at]] > 1]
+        doubled = [number for number, pair in lines.items() if counts[at][pair[at]] > 1]
         if doubled:
             listed = ", ".join(map(str, doubled))
             refuse("link-ambiguous", f"lines {listed}: one {name} stands with several partners; none of these lines is used")
-            lines = {number: pair for number, pair in lines.items() if number not in doubled}
-    return lines
+    return {number: pair for number, pair in lines.items() if counts[0][pair[0]] == counts[1][pair[1]] == 1}

@@ -24,7 +24,7 @@ SELECT i.id AS sample_id, i.sample_key, a.id AS annotation_id, r.name AS reader,
        coalesce(f_image.error, 0) + coalesce(f_file.error, 0) + coalesce(f_annotation.error, 0) + coalesce(f_pairing.error, 0)
            + coalesce(f_series.error, 0) + coalesce(f_study.error, 0) + coalesce(f_patient.error, 0) AS error_flags,
        i.row_spacing, i.column_spacing, a.polygon_area_px, a.version, a.current, p.state AS pairing_state,
-       r.preference AS reader_preference, p.id AS pairing_id, fi.id AS file_id
+       r.preference AS reader_preference, p.id AS pairing_id, s.id AS structure_id, fi.id AS file_id
 FROM annotation a
 JOIN pairing p ON p.annotation_id = a.id
 JOIN image i ON i.id = p.image_id
@@ -52,11 +52,11 @@ SELECT sample_id, sample_key, annotation_id, reader, patient, study_instance_uid
        pairing_method, origin, pixel_hash, open_flags, error_flags, row_spacing, column_spacing, polygon_area_px, file_id
 FROM annotation_all x
 WHERE current AND pairing_state = 'accepted' AND NOT EXISTS (
+    -- q.id <> x.pairing_id: most images have one annotation of a structure, and for these one look-up in an index is all.
     SELECT FROM pairing q
     JOIN annotation b ON b.id = q.annotation_id
-    JOIN structure t ON t.id = b.structure_id
     JOIN reader r ON r.id = b.reader_id
-    WHERE q.image_id = x.sample_id AND q.state = 'accepted' AND b.current AND t.name = x.structure
+    WHERE q.image_id = x.sample_id AND q.id <> x.pairing_id AND q.state = 'accepted' AND b.current AND b.structure_id = x.structure_id
       AND (b.origin IN ('interpolated', 'proposed'), r.preference, b.id)
         < (x.origin IN ('interpolated', 'proposed'), x.reader_preference, x.annotation_id)
 )
@@ -355,7 +355,7 @@ def upgrade() -> None:
             "annotation_ids",
             sa.ARRAY(sa.BigInteger()),
             nullable=False,
-            comment="One a position and structure, in the stream's order; 0: none.",
+            comment="Of the stream's first structure one a position, then of the next; 0: none.",
         ),
         sa.CheckConstraint("cardinality(sample_ids) BETWEEN 1 AND 1024", name=op.f("ck_epoch_order_part")),
         sa.ForeignKeyConstraint(["epoch_id"], ["epoch.id"], name=op.f("fk_epoch_order_epoch_id_epoch"), ondelete="CASCADE"),
