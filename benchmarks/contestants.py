@@ -228,8 +228,8 @@ def write_work(folder: str) -> int:
         found = cursor.execute(newest).fetchone()
         assert found is not None, "nothing was fed from this database yet"
         epoch, samples = int(found[0]), int(found[1])
-        parameters = {"epoch": epoch, "first": 0, "end": samples, "part": orders.PART, "structures": 1}
-        work = cursor.execute(supply.WORK, parameters).fetchall()
+        parameters = {"epoch": epoch, "first": 0, "end": samples, "part": orders.PART}
+        work = cursor.execute(supply.work_query(1), parameters).fetchall()
     Path(folder, "work").write_text("".join(json.dumps([row.decode(), bits.hex()]) + "\n" for row, bits in work))
     return samples
 

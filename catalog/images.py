@@ -81,13 +81,22 @@ WRITE: tuple[str, ...] = (
     f"""
     INSERT INTO location (image_id, file_id, byte_offset, byte_length, dtype, transfer_syntax_uid, preferred)
     SELECT i.id, f.id, s.byte_offset, s.byte_length, s.dtype, s.transfer_syntax_uid,
-        row_number() OVER (PARTITION BY i.id ORDER BY s.byte_offset IS NULL, f.id) = 1
+        row_number() OVER (PARTITION BY i.id ORDER BY s.byte_offset IS NULL, f.path COLLATE "C") = 1
         AND NOT EXISTS (SELECT FROM location p WHERE p.image_id = i.id AND p.preferred)
     FROM {STAGED_IMAGES} {STAGED_FILES}
     ON CONFLICT (image_id, file_id) DO UPDATE SET byte_offset = excluded.byte_offset, byte_length = excluded.byte_length,
         dtype = excluded.dtype, transfer_syntax_uid = excluded.transfer_syntax_uid
     """,
-    # A header that was corrected in place, around the same pixels.
+    """
+    INSERT INTO flag (rule, severity, detail, file_id, raised_by)
+    SELECT 'PATIENT-DIFFERS', 'warning', 'PatientID (0010,0020) differs from the folder''s name; the folder''s is used', f.id, 'ingest'
+    FROM file f WHERE f.root_id = %(root)s AND f.path = ANY(%(other)s) ON CONFLICT DO NOTHING
+    """,
+)
+
+
+# A header that was corrected in place around the same pixels; of several files with one image, the one it is read from counts.
+CORRECT: tuple[str, ...] = (
     f"""
     UPDATE image SET row_spacing = s.row_spacing, column_spacing = s.column_spacing, image_position = s.image_position,
         image_orientation = s.image_orientation, position = s.position, slice_thickness = s.slice_thickness,
@@ -106,13 +115,7 @@ WRITE: tuple[str, ...] = (
     WHERE instance.id = ins.id AND s.frame = 0 AND (ins.sop_class_uid, ins.instance_number, ins.images_in_acquisition)
         IS DISTINCT FROM (s.sop_class_uid, s.instance_number, s.images_in_acquisition)
     """,
-    """
-    INSERT INTO flag (rule, severity, detail, file_id, raised_by)
-    SELECT 'PATIENT-DIFFERS', 'warning', 'PatientID (0010,0020) differs from the folder''s name; the folder''s is used', f.id, 'ingest'
-    FROM file f WHERE f.root_id = %(root)s AND f.path = ANY(%(other)s) ON CONFLICT DO NOTHING
-    """,
 )
-
 
 # What a file held before it was replaced stays, without a place, with what was drawn on it.
 UNPLACE = f"""
@@ -154,6 +157,8 @@ def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequen
         images, files = zip(*gone, strict=True)
         conn.execute(FILE_CHANGED, {"images": list(images), "files": list(files)})
     settle(conn, root_id, paths, [image_id for image_id, _ in gone])
+    for statement in CORRECT:
+        conn.execute(statement, parameters)
 
 
 def close_file_flags(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], reason: str = "the file was read again") -> None:
@@ -173,7 +178,7 @@ def close_file_flags(conn: psycopg.Connection[Any], root_id: int, paths: Sequenc
 RANKED = """
 WITH ranked AS (
     SELECT l.image_id, l.file_id, f.state = 'present' AND row_number() OVER (
-        PARTITION BY l.image_id ORDER BY f.state <> 'present', l.byte_offset IS NULL, f.id) = 1 AS best
+        PARTITION BY l.image_id ORDER BY f.state <> 'present', l.byte_offset IS NULL, f.path COLLATE "C", f.id) = 1 AS best
     FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = ANY(%(images)s)
 )
 UPDATE location SET preferred = best FROM ranked

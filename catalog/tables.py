@@ -300,7 +300,7 @@ mask = Table(
     Column("columns", Integer, nullable=False, comment="Width of the image's grid in px."),
     Column("box_row", Integer, nullable=False, server_default="0", comment="First row that bits cover."),
     Column("box_column", Integer, nullable=False, server_default="0", comment="First column that bits cover."),
-    Column("box_rows", Integer, nullable=False, comment="Rows that bits cover: all, or above one megapixel the bounding box's."),
+    Column("box_rows", Integer, nullable=False, comment="Rows that bits cover: the mask's bounding box; 0 if it is empty."),
     Column("box_columns", Integer, nullable=False, comment="Columns that bits cover."),
     Column("bits", LargeBinary, nullable=False, comment="numpy.packbits of the box in C order, first pixel in the highest bit."),
     Column("area_px", BigInteger, Computed("bit_count(bits)", persisted=True), nullable=False, comment="Pixels in the mask."),

@@ -210,7 +210,7 @@ def test_a_fault_of_the_storage_stops_and_flags_nothing(database_url: str, tmp_p
 
 
 def test_large_masks_are_cropped_and_come_back_whole(database_url: str, tmp_path: Path, conn: psycopg.Connection) -> None:
-    """Above one megapixel a mask is stored as its bounding box, and fed on the whole frame."""
+    """A mask is stored as its bounding box, and fed on the whole frame, on an image of over a megapixel, too."""
     folder = tmp_path / "large"
     synthetic.write_studies(folder, patients=1, slices=1, phases=2, size=1_100)
     take_in(database_url, folder)
