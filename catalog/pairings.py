@@ -258,3 +258,11 @@ def boxed(raster: NDArray[np.bool_]) -> tuple[int, int, int, int, bytes]:
     top, left = int(inside_rows[0]), int(inside_columns[0])
     rows, columns = int(inside_rows[-1]) - top + 1, int(inside_columns[-1]) - left + 1
     return top, left, rows, columns, contours.pack(raster[top : top + rows, left : left + columns])
+
+
+def unboxed(rows: int, columns: int, box: tuple[int, int, int, int], bits: bytes) -> NDArray[np.bool_]:
+    """Return the raster, bool (rows, columns), of a mask row; `box` is first row, first column, rows, columns."""
+    top, left, box_rows, box_columns = box
+    raster = np.zeros((rows, columns), np.bool_)
+    raster[top : top + box_rows, left : left + box_columns] = contours.unpack(bits, box_rows, box_columns)
+    return raster

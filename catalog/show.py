@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from psycopg.rows import dict_row
 
-from catalog import contours, dicom
+from catalog import dicom
 from catalog.database import Database
 from catalog.errors import CatalogError, FileError
 from catalog.overlay import Drawn, overlay
-from catalog.pairings import unflatten
+from catalog.pairings import unboxed, unflatten
 
 IMAGE = """
 SELECT v.*, i.slope, i.intercept FROM image_all v JOIN image i ON i.id = v.sample_id WHERE v.sample_id = %s
@@ -53,9 +53,8 @@ def picture(database: Database, sample_id: int) -> bytes:
 def _drawn(row: Any) -> Drawn:
     mask = None
     if row["bits"] is not None:
-        mask = np.zeros((row["rows"], row["columns"]), np.bool_)
-        top, left, rows, columns = row["box_row"], row["box_column"], row["box_rows"], row["box_columns"]
-        mask[top : top + rows, left : left + columns] = contours.unpack(row["bits"], rows, columns)
+        box = (row["box_row"], row["box_column"], row["box_rows"], row["box_columns"])
+        mask = unboxed(row["rows"], row["columns"], box, row["bits"])
     label = f"{row['structure']}, {row['reader']}, version {row['version']}"
     if row["area_px"] is not None:
         label += f", {row['area_px']} px" + (f", {row['area_mm2']:.0f} mm²" if row["area_mm2"] is not None else "")

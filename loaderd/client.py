@@ -7,6 +7,7 @@ wakes an eventfd: it may run anywhere, in the middle of anything. The note is se
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -182,6 +183,9 @@ class Feed:
         }  # fmt: skip
         attach = {"op": "attach", "protocol": PROTOCOL, "version": __version__, "definition": definition, "run": run, "slots": slots}
         self._sock, reply, fd = _attach(attach, database, timeout_s)
+        self._poller = select.poll()
+        self._poller.register(self._sock, select.POLLIN)
+        self._poller.register(self._returned.fd, select.POLLIN)
         self._ring = Ring(fd, Layout(**reply["layout"]))
         os.close(fd)
         self.run: str = reply["run"]
@@ -285,6 +289,8 @@ class Feed:
             except BlockingIOError:
                 self._wait(deadline)
                 continue
+            except ConnectionResetError:
+                continue  # reported once, ahead of what the daemon said before it closed; then the end
             except OSError:
                 self._check()  # closed here, by a signal handler
                 message = None
@@ -298,10 +304,12 @@ class Feed:
 
     def _wait(self, deadline: float) -> None:
         """Wait until something comes, or until a slot was let go of somewhere else and can be sent back."""
-        poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        poller.register(self._returned.fd, select.POLLIN)
-        ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        returned = self._returned
+        returned.awaited = True
+        # A slot that was let go of before this line woke nobody.
+        ready = bool(returned.slots) or bool(self._poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        returned.awaited = False
+        returned.drain()
         if not ready:
             held = self._leases - len(self._returned.slots)
             slots = self._ring.layout.slots
@@ -311,11 +319,9 @@ class Feed:
                 else "the daemon is still decoding or waits for the database; see `loaderd status`, or raise timeout_s="
             )
             raise FeedError(f"no batch came within {self.timeout_s:g} s: {why}")
-        if any(fd == self._returned.fd for fd, _ in ready):
-            os.eventfd_read(self._returned.fd)
-            self._check()
-            if self._returned.slots:
-                self._send({"op": "next"})
+        self._check()
+        if returned.slots:
+            self._send({"op": "next"})
 
     def _send(self, message: Message) -> None:
         """Send a message, with what was let go of and how far the trainer came."""
@@ -369,10 +375,11 @@ def batches(*, epochs: int = 1, **arguments: Any) -> Iterator[tuple[NDArray[Any]
 
 
 class _Returned:
-    """The slots whose last view died, and an eventfd that wakes whoever waits. Lives as long as any lease."""
+    """The slots whose last view died, and an eventfd that wakes an iterator that waits. Lives as long as any lease."""
 
     def __init__(self) -> None:
         self.slots: deque[tuple[int, int]] = deque()
+        self.awaited = False
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._pid = os.getpid()
 
@@ -380,11 +387,17 @@ class _Returned:
         """The end of a lease. Runs wherever the last view dies: takes no lock, sends nothing."""
         if os.getpid() == self._pid:  # a forked child that drops its copy must not free what its parent reads
             self.slots.append((slot, generation))
-            self.wake()
+            if self.awaited:
+                self.wake()
 
     def wake(self) -> None:
-        """Wake whoever waits for a batch."""
+        """Wake the iterator that waits for a batch."""
         os.eventfd_write(self.fd, 1)
+
+    def drain(self) -> None:
+        """Take back what `wake` did, if it was called."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
 
     def __del__(self) -> None:
         os.close(self.fd)

@@ -127,10 +127,10 @@ class Decoder:
             slot.sample_ids[number] = -1
             slot.sample_keys[number] = 0
         slot.header[:4] = job["generation"], job["epoch"], job["index"], count
-        return {
-            "op": "done", "stream": job["stream"], "job": job["job"], "count": count, "unreadable": unreadable, "changed": changed,
-            "fast": fast, "opened": self.opened - opened,
+        report = {
+            "op": "done", "stream": job["stream"], "job": job["job"], "count": count, "by_offset": fast, "opened": self.opened - opened,
         }  # fmt: skip
+        return {**report, "unreadable": unreadable, "changed": changed} if unreadable or changed else report
 
     def _read(self, sample: Sample, image: NDArray[Any], changed: list[list[Any]]) -> Any:
         """Fill one image; "fast" if by offset, None if decoded, else (code, message)."""

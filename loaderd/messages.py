@@ -1,7 +1,8 @@
-"""What the daemon, its trainers and its workers say to each other: JSON over Unix sequenced-packet sockets, a message a packet.
+"""What the daemon, its trainers and its workers say to each other over Unix sequenced-packet sockets, a message a packet.
 
-Messages carry numbers of slots and sizes, never pixels, and are never unpickled. They are bounded, so a peer cannot make the other
-side allocate; the attach message carries the protocol's version, and another version is refused with the remedy.
+The four messages that go once a batch are a byte and 64-bit numbers (`PACKED`), all others JSON. They carry numbers of slots and sizes,
+never pixels, and are never unpickled. They are bounded, so a peer cannot make the other side allocate; the attach message carries the
+protocol's version, and another version is refused with the remedy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ PATH_LIMIT = 107  # bytes of a socket's address: sun_path less its end
 
 Message = dict[str, Any]
 
+# Messages of whole numbers alone, by their first byte. In JSON they cost 30 µs a batch more, of 800 that decoding it takes.
+PACKED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "job": (1, ("stream", "job", "slot", "generation", "epoch", "index", "length", "pad")),
+    "done": (2, ("stream", "job", "count", "by_offset", "opened")),
+    "batch": (3, ("slot", "generation", "epoch", "index", "count")),
+    "next": (4, ()),  # acknowledged epoch and index (-1: none), then slot and generation of each slot given back
+}
+_NAMES = {code: (op, names) for op, (code, names) in PACKED.items()}
+
 # Made once: `json.dumps` with separators makes an encoder a call, and `json.loads` of bytes guesses their encoding.
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder().decode
@@ -37,7 +47,7 @@ class MessageError(CatalogError):
 
 def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
     """Send one message, descriptors with it. Raises BlockingIOError if the peer does not read, BrokenPipeError if it is gone."""
-    data = _encode(message).encode()
+    data = _pack(message)
     if len(data) > LIMIT:
         raise MessageError(f"a message of {len(data)} bytes is over the limit of {LIMIT}; shorten where= or structures=")
     if fds:
@@ -66,9 +76,30 @@ def receive_fds(sock: socket.socket) -> tuple[Message | None, list[int]]:
     return (_parse(data) if data else None), list(fds)
 
 
+def _pack(message: Message) -> bytes:
+    op = message["op"]
+    if op == "next":
+        numbers = [*(message.get("ack") or (-1, -1)), *(number for pair in message.get("free", ()) for number in pair)]
+    elif op in PACKED and len(message) == 1 + len(PACKED[op][1]):  # a report of trouble has more in it
+        numbers = [message[name] for name in PACKED[op][1]]
+    else:
+        return _encode(message).encode()
+    return struct.pack(f"<B{len(numbers)}q", PACKED[op][0], *numbers)
+
+
 def _parse(data: bytes) -> Message:
     if len(data) > LIMIT:
         raise MessageError(f"a message is over the limit of {LIMIT} bytes")
+    if data[0] in _NAMES:
+        op, names = _NAMES[data[0]]
+        count, odd = divmod(len(data) - 1, 8)
+        if odd or (count != len(names) if names else count < 2 or count % 2):
+            raise MessageError(f"what came is no {op} message")
+        numbers = struct.unpack_from(f"<{count}q", data, 1)
+        if names:
+            return {"op": op, **dict(zip(names, numbers, strict=True))}
+        ack = None if numbers[0] < 0 else [numbers[0], numbers[1]]
+        return {"op": op, "ack": ack, "free": [[numbers[at], numbers[at + 1]] for at in range(2, count, 2)]}
     try:
         message = _decode(data.decode())
     except (ValueError, RecursionError) as error:

@@ -68,7 +68,8 @@ class Epoch:
     acknowledged_to: int = 0
     next_batch: int = 0  # to be dispatched
     next_announced: int = 0
-    chunks: deque[Chunk] = field(default_factory=deque)
+    chunks: deque[Chunk] = field(default_factory=deque)  # not settled yet
+    waiting: deque[Chunk] = field(default_factory=deque)  # of these, with batches that have no slot yet
     batches: dict[int, Batch] = field(default_factory=dict)
     unreadable: int = 0
 
@@ -155,7 +156,9 @@ class Stream:
                     self.supply.settle(event.ledger_id, [], [])
                 return
             epoch.fetching = False
-            epoch.chunks.append(Chunk(event.span, event.work, event.ledger_id))
+            chunk = Chunk(event.span, event.work, event.ledger_id)
+            epoch.chunks.append(chunk)
+            epoch.waiting.append(chunk)
             self._begin(epoch)
 
     def _open(self, opened: Opened) -> None:
@@ -272,16 +275,17 @@ class Stream:
     def _dispatch(self, epoch: Epoch) -> None:
         assert epoch.plan is not None
         size, end = self.definition.batch_size, self._end_of(epoch.plan)
-        for chunk in epoch.chunks:
-            while self._free and chunk.span[0] <= epoch.next_batch * size < chunk.span[1]:
-                index = epoch.next_batch
-                epoch.next_batch += 1
-                slot = self._free.popleft()
-                self._generation[slot] += 1
-                span = (index * size, min((index + 1) * size, end))
-                batch = Batch(epoch, index, span, chunk, slot, self._generation[slot])
-                epoch.batches[index] = batch
-                self._submit(batch)
+        while self._free and epoch.waiting:
+            chunk, index = epoch.waiting[0], epoch.next_batch
+            epoch.next_batch += 1
+            span = (index * size, min((index + 1) * size, end))
+            if span[1] == chunk.span[1]:
+                epoch.waiting.popleft()
+            slot = self._free.popleft()
+            self._generation[slot] += 1
+            batch = Batch(epoch, index, span, chunk, slot, self._generation[slot])
+            epoch.batches[index] = batch
+            self._submit(batch)
 
     def _submit(self, batch: Batch) -> None:
         first = batch.chunk.span[0]
@@ -313,17 +317,18 @@ class Stream:
         if report is None:
             self._end(f"epoch {batch.epoch.number}, batch {batch.index}: decoding it killed several workers; see the log")
             return
-        self.counters.decoded += batch.span[1] - batch.span[0] - len(report["unreadable"])
-        self.counters.by_offset += report["fast"]
+        unreadable = report.get("unreadable", [])
+        self.counters.decoded += batch.span[1] - batch.span[0] - len(unreadable)
+        self.counters.by_offset += report["by_offset"]
         self.counters.opened += report["opened"]
-        for sample_id, root, path, size, mtime_ns, offset in report["changed"]:
+        for sample_id, root, path, size, mtime_ns, offset in report.get("changed", []):
             self.supply.moved(root, path, size, mtime_ns, offset, sample_id)
         if batch.epoch.dropped:
             self._free.append(batch.slot)
         else:
             batch.report = report
-            if report["unreadable"]:
-                self._could_not_read(batch, report["unreadable"])
+            if unreadable:
+                self._could_not_read(batch, unreadable)
         self._pump()
 
     def _could_not_read(self, batch: Batch, unreadable: list[list[Any]]) -> None:
@@ -366,7 +371,7 @@ class Stream:
                     continue
                 self._leased[batch.slot] = batch.generation
                 self.counters.batches += 1
-                self.counters.samples += batch.span[1] - batch.span[0] - len(batch.report["unreadable"])
+                self.counters.samples += batch.span[1] - batch.span[0] - len(batch.report.get("unreadable", []))
                 self._tell(
                     {
                         "op": "batch",
@@ -397,6 +402,7 @@ class Stream:
         for chunk in epoch.chunks:
             self._settle(epoch, chunk)
         epoch.chunks.clear()
+        epoch.waiting.clear()
         epoch.batches.clear()
 
     def _settle(self, epoch: Epoch, chunk: Chunk) -> None:

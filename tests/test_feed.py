@@ -16,7 +16,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from catalog import contours, database, dicom, ingest
+from catalog import database, dicom, ingest, pairings
 from loaderd import Batch, Feed, FeedError, batches
 from tests.processes import daemons, wait_until
 
@@ -24,11 +24,12 @@ from tests.processes import daemons, wait_until
 def stored(conn: psycopg.Connection, structure: str) -> dict[int, tuple[str, np.ndarray]]:
     """Return sample_id → (path, mask) as the catalog has it."""
     rows = conn.execute(
-        "SELECT s.sample_id, s.path, m.rows, m.columns, m.bits FROM sample s JOIN pairing p ON p.annotation_id = s.annotation_id "
-        "AND p.image_id = s.sample_id JOIN mask m ON m.pairing_id = p.id WHERE s.structure = %s",
+        "SELECT s.sample_id, s.path, m.rows, m.columns, m.box_row, m.box_column, m.box_rows, m.box_columns, m.bits FROM sample s "
+        "JOIN pairing p ON p.annotation_id = s.annotation_id AND p.image_id = s.sample_id JOIN mask m ON m.pairing_id = p.id "
+        "WHERE s.structure = %s",
         [structure],
     )
-    return {sample: (path, contours.unpack(bits, height, width)) for sample, path, height, width, bits in rows}
+    return {sample: (path, pairings.unboxed(height, width, tuple(box), bits)) for sample, path, height, width, *box, bits in rows}  # type: ignore[arg-type]
 
 
 def order(conn: psycopg.Connection, seed: int, epoch: int, structure: str = "inner") -> list[int]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -725,6 +725,22 @@ def test_executor_that_breaks(three: Path, tmp_path: Path, monkeypatch: pytest.M
     assert seen[-1] == (12, 12)
 
 
+def test_executor_that_takes_no_more(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executor that is found broken when work is handed over loses nothing either: processes of our own read the rest."""
+    _, found = ingest.find(study)
+
+    class Breaking(Counting):
+        def submit(self, fn: Any, /, folder: str, items: Any) -> Any:  # type: ignore[override]
+            if self.paths:
+                raise BrokenExecutor
+            return super().submit(fn, folder, items)
+
+    monkeypatch.setattr(reading, "FILES_PER_TASK", 5)
+    todo = [*found.images, *found.annotations]
+    results = list(reading.read_all(str(study), todo, 1, Breaking(), lambda done, total: None))
+    assert sorted(result.entry.path for result in results) == sorted(item.entry.path for item in todo)
+
+
 @pytest.mark.parametrize("files", [0, 10], ids=["at once", "midway"])
 def test_interrupted(three: Path, conn: Conn, tmp_path: Path, take_in: Callable[..., Summary], files: int) -> None:
     """Ctrl-C ends within two seconds with exit code 130 and one line; the run is on record, and the next goes on."""
@@ -736,7 +752,7 @@ def test_interrupted(three: Path, conn: Conn, tmp_path: Path, take_in: Callable[
     _, said = process.communicate(timeout=10)
     assert time.monotonic() - begun < 2
     assert (process.returncode, said) == (130, "catalog: interrupted; the same command goes on where this one ended\n")
-    assert group(process.pid) == []
+    assert wait_until(lambda: group(process.pid) == [], 2)
     [(done, state)] = ask(conn, "SELECT (SELECT count(*) FROM file), (SELECT max(state) FROM ingest_run)")
     assert state == ("interrupted" if files else None)
     summary = take_in(three)
@@ -747,7 +763,14 @@ def test_interrupted(three: Path, conn: Conn, tmp_path: Path, take_in: Callable[
 def test_two_at_once(three: Path, conn: Conn, tmp_path: Path) -> None:
     """Of two first ingests of one root one waits and says so; each file is read once."""
     environment = program(tmp_path, slow=0.02)
-    both = [start(three, environment, "--json") for _ in range(2)]
+    with conn.transaction():
+        conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [ingest.LOCK_CLASS])
+        both = [start(three, environment, "--json") for _ in range(2)]
+        at_the_gate = (
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        assert wait_until(lambda: ask(conn, at_the_gate) == [(2,)])
     said = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     waiting = "catalog: another ingest of this root is running; waiting for it\n"
@@ -755,6 +778,17 @@ def test_two_at_once(three: Path, conn: Conn, tmp_path: Path) -> None:
     assert sorted(json.loads(output)["files_read"] for output, _ in said) == [0, 66]
     assert ask(conn, "SELECT count(*) FROM root") == [(1,)]
     assert ask(conn, "SELECT files_seen, files_read, errors, state FROM ingest_run") == [(66, 66, 0, "finished")]
+
+
+def test_killed_at_the_last_moment(study: Path, conn: Conn, take_in: Callable[..., Summary]) -> None:
+    """A run that was killed when all was written but its own end does not stand as running for ever."""
+    take_in(study)
+    conn.execute("UPDATE ingest_run SET state = 'running', finished_at = NULL")
+    assert take_in(study).files_read == 0
+    assert ask(conn, "SELECT state FROM ingest_run ORDER BY id") == [("interrupted",), ("finished",)]
+    before = tuples(conn)
+    take_in(study)
+    assert tuples(conn) == before
 
 
 def test_small_commits(study: Path, conn: Conn, take_in: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch) -> None:
