@@ -73,9 +73,9 @@ def ingest(
     else:
         rate = f" ({summary.files_read / summary.seconds:.0f} files/s)" if summary.files_read else ", nothing new"
         typer.echo(
-            f"{summary.root}: layout {summary.layout}: {summary.images} images, {summary.annotations} annotations: {summary.paired} paired, "
-            f"{summary.proposed} proposed, {summary.unpaired} unpaired; {summary.masks} masks; {summary.standing_errors} errors; "
-            f"{summary.files_read} files read in {summary.seconds:.1f} s{rate}"
+            f"{summary.root}: layout {summary.layout}: {summary.images} images, {summary.annotations} annotations: "
+            f"{summary.paired} paired, {summary.proposed} proposed, {summary.unpaired} unpaired; {summary.masks} masks; "
+            f"{summary.standing_errors} errors; {summary.files_read} files read in {summary.seconds:.1f} s{rate}"
         )
         if summary.missing:
             typer.echo(f"{summary.missing} files are gone and were marked missing")

@@ -693,9 +693,7 @@ def upgrade() -> None:
         sa.Column("columns", sa.Integer(), nullable=False, comment="Width of the image's grid in px."),
         sa.Column("box_row", sa.Integer(), server_default="0", nullable=False, comment="First row that bits cover."),
         sa.Column("box_column", sa.Integer(), server_default="0", nullable=False, comment="First column that bits cover."),
-        sa.Column(
-            "box_rows", sa.Integer(), nullable=False, comment="Rows that bits cover: the mask's bounding box; 0 if it is empty."
-        ),
+        sa.Column("box_rows", sa.Integer(), nullable=False, comment="Rows that bits cover: the mask's bounding box; 0 if it is empty."),
         sa.Column("box_columns", sa.Integer(), nullable=False, comment="Columns that bits cover."),
         sa.Column(
             "bits", sa.LargeBinary(), nullable=False, comment="numpy.packbits of the box in C order, first pixel in the highest bit."
