@@ -37,7 +37,7 @@ integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docke
 soak: $(VENV)/.dev ## long fault and endurance runs
 	$(BIN)/python -m pytest -m soak
 
-lock: $(VENV)/.dev ## write the lock files anew, with the newest versions
+lock: $(BIN)/python ## write the lock files anew, with the newest versions
 	$(BIN)/pip install --quiet uv
 	$(LOCK) --upgrade --output-file requirements.lock
 	$(LOCK) --upgrade --extra dev --constraint requirements.lock --output-file requirements-dev.lock

@@ -267,7 +267,10 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 def run(command: typer.Typer, name: str) -> None:
     """Run a command line: an expected error is one line on stderr and its exit code, Ctrl-C is 130."""
     try:
-        sys.exit(command(prog_name=name, standalone_mode=False))
+        code = command(prog_name=name, standalone_mode=False)
+        if code == 130:  # how newer Typers say that Ctrl-C came
+            raise KeyboardInterrupt
+        sys.exit(code)
     except CatalogError as error:
         typer.echo(f"{name}: {error}", err=True)
         sys.exit(error.exit_code)

@@ -146,6 +146,7 @@ def ingest(
         with database.connect(application_name="catalog ingest") as conn:
             conn.execute(images.STAGED)
             conn.execute(pairings.WANTED)
+            conn.execute(pairings.DRAWN_STAGED)
             root_id = _root(conn, folder, name)
             conn.commit()
             if _wait_alone(conn, root_id, say):
@@ -319,13 +320,13 @@ def _write(
     read = [result for result in results if isinstance(result, ReadImage)]
     if read:
         images.write(conn, run.id, run.root_id, read)
+    drawn = [(polygons[result.entry.path], result.polygon) for result in results if isinstance(result, ReadAnnotation)]
+    if drawn:
+        pairings.write_polygons(conn, run.id, run.root_id, drawn)
     refused = []
     for result in results:
-        if isinstance(result, ReadAnnotation):
-            file_id = _write_file(conn, run, result.entry, "annotation", "present")
-            pairings.write_polygon(conn, run.id, file_id, polygons[result.entry.path], result.polygon)
-        elif isinstance(result, Refused) and unreadable.get(result.entry.path) != f"{result.code}: {result.message}":
-            file_id = _write_file(conn, run, result.entry, result.kind, "unreadable")
+        if isinstance(result, Refused) and unreadable.get(result.entry.path) != f"{result.code}: {result.message}":
+            file_id = _write_unreadable(conn, run, result)
             conn.execute(
                 "INSERT INTO flag (rule, severity, detail, file_id, raised_by) VALUES ('FILE-UNREADABLE', 'error', %s, %s, 'ingest')",
                 [f"{result.code}: {result.message}", file_id],
@@ -339,15 +340,15 @@ def _write(
     _mark_missing(conn, run, [result.entry.path for result in results if isinstance(result, NotPart)])
 
 
-def _write_file(conn: psycopg.Connection[Any], run: Run, entry: Entry, kind: str, state: str) -> int:
+def _write_unreadable(conn: psycopg.Connection[Any], run: Run, result: Refused) -> int:
     row = conn.execute(
-        "INSERT INTO file (root_id, path, kind, size, mtime_ns, state, ingest_run_id) VALUES (%s, %s, %s, %s, %s, %s, %s) "
+        "INSERT INTO file (root_id, path, kind, size, mtime_ns, state, ingest_run_id) VALUES (%s, %s, %s, %s, %s, 'unreadable', %s) "
         "ON CONFLICT (root_id, path) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns, state = excluded.state, "
         "ingest_run_id = excluded.ingest_run_id RETURNING id",
-        [run.root_id, entry.path, kind, entry.size, entry.mtime_ns, state, run.id],
+        [run.root_id, result.entry.path, result.kind, result.entry.size, result.entry.mtime_ns, run.id],
     ).fetchone()
     assert row is not None
-    images.close_file_flags(conn, run.root_id, [entry.path])
+    images.close_file_flags(conn, run.root_id, [result.entry.path])
     return int(row[0])
 
 

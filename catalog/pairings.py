@@ -15,7 +15,7 @@ import psycopg
 from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
-from catalog import contours
+from catalog import contours, images
 from catalog.layouts import Annotation
 from catalog.reading import Polygon
 
@@ -110,41 +110,76 @@ SELECT rule, detail, nullif(annotation_id, 0), nullif(pairing_id, 0) FROM found
 WHERE (rule, annotation_id, pairing_id) NOT IN (SELECT rule, annotation_id, pairing_id FROM raised WHERE open OR closed_by_person)
 """  # noqa: S608
 
+DRAWN_STAGED = """
+CREATE TEMP TABLE IF NOT EXISTS drawn_staged (
+    path text, size bigint, mtime_ns bigint, reader text, structure text, convention text, refers_to jsonb, points float8[],
+    rings integer[], area_px float8, content_hash bytea
+) ON COMMIT DELETE ROWS
+"""
+
+WRITE: tuple[str, ...] = (
+    """
+    INSERT INTO file (root_id, path, kind, size, mtime_ns, state, ingest_run_id)
+    SELECT %(root)s, path, 'annotation', size, mtime_ns, 'present', %(run)s FROM drawn_staged ORDER BY path
+    ON CONFLICT (root_id, path) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns, state = excluded.state,
+        ingest_run_id = excluded.ingest_run_id
+    """,
+    "INSERT INTO reader (name) SELECT DISTINCT reader FROM drawn_staged ORDER BY 1 ON CONFLICT DO NOTHING",
+    "INSERT INTO structure (name) SELECT DISTINCT structure FROM drawn_staged ORDER BY 1 ON CONFLICT DO NOTHING",
+)
+
+# Of each file its newest version: id, whether it is current, whether it holds the same.
+LAST_VERSION = """
+SELECT DISTINCT ON (a.file_id) a.id, a.current, a.content_hash = d.content_hash
+FROM drawn_staged d JOIN file f ON f.root_id = %(root)s AND f.path = d.path JOIN annotation a ON a.file_id = f.id AND a.source_key = ''
+ORDER BY a.file_id, a.version DESC
+"""
+
+# What is not current by now is new.
+NEW_VERSION = """
+INSERT INTO annotation (file_id, version, reader_id, structure_id, kind, origin, points, rings, convention, polygon_area_px, content_hash,
+    refers_to, ingest_run_id)
+SELECT f.id, 1 + coalesce((SELECT max(o.version) FROM annotation o WHERE o.file_id = f.id AND o.source_key = ''), 0), r.id, s.id, 'polygon',
+       'contour', d.points, d.rings, d.convention, d.area_px, d.content_hash, d.refers_to, %(run)s
+FROM drawn_staged d JOIN file f ON f.root_id = %(root)s AND f.path = d.path
+JOIN reader r ON r.name = d.reader JOIN structure s ON s.name = d.structure
+WHERE NOT EXISTS (SELECT FROM annotation c WHERE c.file_id = f.id AND c.source_key = '' AND c.current)
+ORDER BY d.path RETURNING id, cardinality(points) / 2
+"""
+
 RETIRED = "no longer the current version"
 
 
-def write_polygon(conn: psycopg.Connection[Any], run_id: int, file_id: int, drawn: Annotation, shape: Polygon) -> None:
-    """Write what was drawn as the file's current version; the same content again is no new version."""
-    last = conn.execute(
-        "SELECT id, version, content_hash, current FROM annotation WHERE file_id = %s AND source_key = '' ORDER BY version DESC LIMIT 1",
-        [file_id],
-    ).fetchone()
-    if last is not None and bytes(last[2]) == shape.content_hash:
-        if not last[3]:  # its file was away and is back, and so is what was found about it
-            conn.execute("UPDATE annotation SET current = true WHERE id = %s", [last[0]])
-            conn.execute(
-                "INSERT INTO flag (rule, rule_version, severity, detail, value, annotation_id, raised_by) "
-                "SELECT rule, rule_version, severity, detail, value, annotation_id, raised_by FROM ("
-                "SELECT DISTINCT ON (rule) * FROM flag WHERE annotation_id = %s ORDER BY rule, id DESC) newest WHERE reason = %s",
-                [last[0], RETIRED],
-            )
-        return
-    if last is not None:
-        retire_ids(conn, [last[0]])
-    conn.execute("INSERT INTO reader (name) VALUES (%s) ON CONFLICT DO NOTHING", [drawn.reader])
-    conn.execute("INSERT INTO structure (name) VALUES (%s) ON CONFLICT DO NOTHING", [drawn.structure])
-    row = conn.execute(
-        "INSERT INTO annotation (file_id, version, reader_id, structure_id, kind, origin, points, rings, convention, polygon_area_px, "
-        "content_hash, refers_to, ingest_run_id) SELECT %s, %s, r.id, s.id, 'polygon', 'contour', %s, %s, %s, %s, %s, %s, %s "
-        "FROM reader r, structure s WHERE r.name = %s AND s.name = %s RETURNING id",
-        [
-            file_id, 1 if last is None else last[1] + 1, shape.points, shape.rings, drawn.convention, shape.area_px,
-            shape.content_hash, Jsonb(drawn.refers_to), run_id, drawn.reader, drawn.structure,
-        ],
-    ).fetchone()  # fmt: skip
-    assert row is not None
-    if max(shape.rings, default=0) < 3:
-        flag(conn, row[0], "CONTOUR-POINTS", f"has {sum(shape.rings)} points; an area needs at least three")
+def write_polygons(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequence[tuple[Annotation, Polygon]]) -> None:
+    """Write what these files hold as their current versions; the same content again is no new version."""
+    with conn.cursor().copy("COPY drawn_staged FROM STDIN") as copy:
+        for drawn, shape in read:
+            copy.write_row(
+                (
+                    drawn.entry.path, drawn.entry.size, drawn.entry.mtime_ns, drawn.reader, drawn.structure, drawn.convention,
+                    Jsonb(drawn.refers_to), shape.points, shape.rings, shape.area_px, shape.content_hash,
+                )
+            )  # fmt: skip
+    parameters = {"root": root_id, "run": run_id}
+    for statement in WRITE:
+        conn.execute(statement, parameters)
+    images.close_file_flags(conn, root_id, [drawn.entry.path for drawn, _ in read])
+    last = conn.execute(LAST_VERSION, parameters).fetchall()
+    if replaced := [annotation_id for annotation_id, current, same in last if current and not same]:
+        retire_ids(conn, replaced)
+    if returned := [annotation_id for annotation_id, current, same in last if same and not current]:
+        # Its file was away and is back, and so is what was found about it.
+        conn.execute("UPDATE annotation SET current = true WHERE id = ANY(%s)", [returned])
+        conn.execute(
+            "INSERT INTO flag (rule, rule_version, severity, detail, value, annotation_id, raised_by) "
+            "SELECT rule, rule_version, severity, detail, value, annotation_id, raised_by FROM ("
+            "SELECT DISTINCT ON (annotation_id, rule) * FROM flag WHERE annotation_id = ANY(%s) ORDER BY annotation_id, rule, id DESC"
+            ") newest WHERE reason = %s",
+            [returned, RETIRED],
+        )
+    for annotation_id, points in conn.execute(NEW_VERSION, parameters).fetchall():
+        if points < 3:
+            flag(conn, annotation_id, "CONTOUR-POINTS", f"has {points} points; an area needs at least three")
 
 
 def flag(
