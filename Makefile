@@ -10,7 +10,7 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.tom
 NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench integration soak lock clean
+.PHONY: help venv demo test lint bench integration lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -20,8 +20,8 @@ venv: $(VENV)/.dev ## .venv with the package and what its tests need, as locked
 demo: $(VENV)/.runtime ## from a folder of studies to batches; DATA=FOLDER takes your own
 	$(BIN)/python examples/demo.py $(DATA)
 
-test: $(VENV)/.dev lint ## everything but soak: style, types, tests on the embedded PostgreSQL
-	$(BIN)/python -m pytest -m "not soak"
+test: $(VENV)/.dev lint ## style, types, tests on the embedded PostgreSQL
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -32,10 +32,7 @@ bench: $(VENV)/.bench ## feeding, measured; installs torch
 	$(BIN)/python benchmarks/feed.py
 
 integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
-	$(BIN)/python -m pytest -m "not soak" -W "ignore:testcontainers.postgres is deprecated" --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
-
-soak: $(VENV)/.dev ## long fault and endurance runs
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
 
 lock: $(BIN)/python ## write the lock files anew, with the newest versions
 	$(BIN)/pip install --quiet uv

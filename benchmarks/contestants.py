@@ -311,7 +311,7 @@ def limit_worker() -> None:
             decoder.slots[batch] = slots[slot]
             job = {"stream": 1, "job": 0, "slot": batch, "generation": 1, "epoch": 0, "index": batch, "length": lengths[batch], "pad": 0}
             report = decoder.fill(job)
-            if report["fast"] != report["count"]:
+            if report["by_offset"] != report["count"]:
                 raise SystemExit(f"not every sample was read by offset: {report}")
             sock.send(data)
 

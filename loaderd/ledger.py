@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 from psycopg.types.multirange import Int8Multirange
+from psycopg.types.numeric import Int8
 from psycopg.types.range import Range
 
 from catalog import __version__
@@ -106,4 +107,5 @@ def note(conn: Connection, epoch_id: int, attempt: int, outcome: str, spans: Ite
 
 
 def _multirange(spans: Iterable[Span]) -> Int8Multirange:
-    return Int8Multirange([Range(first, end, "[)") for first, end in spans])
+    # Int8: psycopg before 3.3.9 took the bounds' own width for that of the range.
+    return Int8Multirange([Range(Int8(first), Int8(end), "[)") for first, end in spans])

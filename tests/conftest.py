@@ -50,7 +50,10 @@ def server_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """URL of a superuser's door to a server, up to and without the database's name."""
     chosen = request.config.getoption("--postgres")
     if chosen == "container":
-        from testcontainers.postgres import PostgresContainer
+        try:
+            from testcontainers.community.postgres import PostgresContainer
+        except ImportError:  # before 4.15
+            from testcontainers.postgres import PostgresContainer
 
         with PostgresContainer(IMAGE, username="postgres", password=uuid.uuid4().hex, dbname="postgres", driver=None) as container:
             yield container.get_connection_url()
