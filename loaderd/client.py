@@ -135,7 +135,7 @@ class Feed:
         dtype: Of the images: ``"float32"``, ``"float64"`` or ``"float16"``.
         on_error: What to do about a sample that cannot be read: ``"skip"``, ``"blank"`` (zeros, ``valid`` False) or ``"stop"``.
         run: The training's name in the ledger; without one a new name is made up.
-        slots: Batches in the ring, 2 to 128; by default as many as fit 256 MiB, 4 to 16.
+        slots: Batches in the ring, 2 to 128; by default as many as fit 24 MiB (a cache), 4 to 16.
         timeout_s: How long to wait for a batch, in seconds, before `FeedError`.
         database: A PostgreSQL URL; by default ``CATALOG_DATABASE_URL``, else the embedded database.
 
@@ -284,11 +284,11 @@ class Feed:
 
     def _receive(self, deadline: float) -> Message:
         while True:
+            self._wait(deadline)
             try:
                 message = messages.receive(self._sock)
             except BlockingIOError:
-                self._wait(deadline)
-                continue
+                continue  # it was a slot that came back
             except ConnectionResetError:
                 continue  # reported once, ahead of what the daemon said before it closed; then the end
             except OSError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import selectors
 import signal
 import socket
 import sys
@@ -25,6 +24,7 @@ from catalog import __version__
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 from loaderd import messages
+from loaderd.loop import Loop
 from loaderd.messages import PROTOCOL, Message, MessageError
 from loaderd.orders import Definition
 from loaderd.streams import Stream
@@ -62,11 +62,11 @@ class Daemon:
         self.database = database
         self.began = time.monotonic()
         self._lock = self._take_lock()
-        self.selector = selectors.DefaultSelector()
+        self.loop = Loop()
         self._posted: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.selector.register(self._wake, selectors.EVENT_READ, self._take_posted)
-        self.workers = Workers(workers, self.selector, say)
+        self.loop.add(self._wake, self._take_posted)
+        self.workers = Workers(workers, self.loop, say)
         self.consumers: list[Consumer] = []
         self._supplies: list[Supply] = []
         self._stopping = False
@@ -82,7 +82,7 @@ class Daemon:
             os.umask(old)
         self.listening.listen(64)
         self.listening.setblocking(False)
-        self.selector.register(self.listening, selectors.EVENT_READ, self._accept)
+        self.loop.add(self.listening.fileno(), self._accept)
 
     def _take_lock(self) -> int:
         fd = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -109,13 +109,8 @@ class Daemon:
         say("serving", database=self.database.name.replace(" ", "_"), socket=self.path, workers=len(self.workers.workers))
         try:
             while not self._stopping:
-                timeout = IDLE_S if self.private and not self.consumers else None
-                events = self.selector.select(timeout)
-                for key, _ in events:
-                    # What one event brings may have unregistered the next.
-                    if self.selector.get_map().get(key.fd) is key:
-                        key.data()
-                if self.private and not self.consumers and (self._attached or not events):
+                came = self.loop.once(IDLE_S if self.private and not self.consumers else None)
+                if self.private and not self.consumers and (self._attached or not came):
                     break
         finally:
             self._leave()
@@ -127,7 +122,7 @@ class Daemon:
 
     def _leave(self) -> None:
         # First the socket: whoever comes now starts a new daemon instead of waiting for this one.
-        self.selector.unregister(self.listening)
+        self.loop.remove(self.listening.fileno())
         self.listening.close()
         self.path.unlink(missing_ok=True)
         for consumer in list(self.consumers):
@@ -136,6 +131,7 @@ class Daemon:
         for supply in self._supplies:
             supply.join(max(0.0, deadline - time.monotonic()))
         self.workers.close()
+        self.loop.close()
         os.close(self._lock)
         self.database.close()
         say("ended")
@@ -162,8 +158,8 @@ class Daemon:
         sock.setblocking(False)
         consumer = Consumer(sock, pid, pidfd)
         self.consumers.append(consumer)
-        self.selector.register(sock, selectors.EVENT_READ, lambda: self._hear(consumer))
-        self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._part(consumer))
+        self.loop.add(sock.fileno(), lambda: self._hear(consumer))
+        self.loop.add(pidfd, lambda: self._part(consumer))
 
     def _hear(self, consumer: Consumer) -> None:
         try:
@@ -255,8 +251,8 @@ class Daemon:
             say("refused" if consumer.stream is None else "stream ended", pid=consumer.pid, reason=repr(reason))
             with contextlib.suppress(OSError, MessageError):
                 messages.send(consumer.sock, {"op": "error", "message": reason, "ending": self._ending()})
-        for source in (consumer.sock, consumer.pidfd):
-            self.selector.unregister(source)
+        self.loop.remove(consumer.sock.fileno())
+        self.loop.remove(consumer.pidfd)
         consumer.sock.close()
         os.close(consumer.pidfd)
         if consumer.stream is not None:

@@ -38,7 +38,9 @@ from catalog.errors import CatalogError
 
 PAGE = 4096
 HEADER = 64
-RING_BYTES = 256 << 20  # what the default number of slots aims at
+# What the default number of slots aims at: a ring that stays in the last-level cache. With 8 slots of 2.6 MiB a feed made 22,100
+# samples/s, with 16 of them 20,000, on a processor with 32 MiB of it.
+RING_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Layout:
 
 
 def layout_for(*, batch_size: int, structures: int, rows: int, columns: int, dtype: str, slots: int | None) -> Layout:
-    """Return the layout; without `slots` as many as fit 256 MiB, at least 4 and at most 16."""
+    """Return the layout; without `slots` as many as fit 24 MiB, at least 4 and at most 16."""
     one = Layout(batch_size, structures, rows, columns, dtype, slots=1)
     return Layout(batch_size, structures, rows, columns, dtype, slots or max(4, min(16, RING_BYTES // one.stride)))
 

@@ -195,16 +195,17 @@ class Stream:
 
     def asked(self, message: Message) -> None:
         """Take a message of the trainer's. Raises MessageError if it is none."""
-        for slot, generation in _pairs(message.get("free", [])):
+        if message["op"] != "next":  # which the protocol's own layer checked
+            _check_pairs(message)
+        for slot, generation in message.get("free", ()):
             if self._leased.get(slot) == generation:  # anything else was released before
                 del self._leased[slot]
                 self._free.append(slot)
-        if message.get("ack") is not None:
-            [(number, index)] = _pairs([message["ack"]])
-            self._acknowledge(number, index)
-        if message.get("op") == "epoch":
-            [(number, ahead)] = _pairs([[message.get("epoch"), message.get("ahead")]])
-            self._ask(number, ahead)
+        ack = message.get("ack")
+        if ack is not None:
+            self._acknowledge(ack[0], ack[1])
+        if message["op"] == "epoch":
+            self._ask(message["epoch"], message["ahead"])
         self._pump()
 
     def _ask(self, number: int, ahead: int) -> None:
@@ -239,8 +240,10 @@ class Stream:
         for epoch in list(self._epochs):
             if epoch.plan is None or not (epoch.asked or self._ahead):
                 break
-            self._dispatch(epoch)
-            self._fetch(epoch)
+            if self._free and epoch.waiting:
+                self._dispatch(epoch)
+            if not epoch.fetching:
+                self._fetch(epoch)
             if epoch.started and len(self._epochs) == 1:
                 self._prepare(epoch.number + 1)
             if not self._all_fetched(epoch):
@@ -475,12 +478,12 @@ class Stream:
         return epoch.plan is not None and epoch.fetched_to >= self._end_of(epoch.plan)
 
 
-def _pairs(given: Any) -> list[tuple[int, int]]:
-    if not isinstance(given, list) or len(given) > 1024:
-        raise MessageError("a list of pairs of whole numbers was expected")
-    pairs = []
-    for pair in given:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(type(part) is int for part in pair):
-            raise MessageError("a pair of whole numbers was expected")
-        pairs.append((pair[0], pair[1]))
-    return pairs
+def _check_pairs(message: Message) -> None:
+    """Raise MessageError unless what a trainer said in JSON has whole numbers where they belong."""
+    free, ack = message.get("free", []), message.get("ack")
+    pairs = [*(free if isinstance(free, list) else [free]), *([] if ack is None else [ack])]
+    if message.get("op") == "epoch":
+        pairs.append([message.get("epoch"), message.get("ahead")])
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(type(part) is int and part >= 0 for part in pair):
+            raise MessageError("pairs of whole numbers were expected")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loaderd import messages
+from loaderd.loop import Loop
 from loaderd.messages import Message
 
 IN_FLIGHT = 2
@@ -66,8 +66,8 @@ class Shared:
 class Workers:
     """A fixed number of workers, shared by all streams in the order in which the jobs come."""
 
-    def __init__(self, count: int, selector: selectors.BaseSelector, say: Callable[..., None]) -> None:
-        self.selector, self.say = selector, say
+    def __init__(self, count: int, loop: Loop, say: Callable[..., None]) -> None:
+        self.loop, self.say = loop, say
         self.waiting: deque[Job] = deque()
         self.streams: dict[int, Shared] = {}
         self.replaced = 0
@@ -95,7 +95,7 @@ class Workers:
     def close(self) -> None:
         """End all workers: they end when their socket hangs up."""
         for worker in self.workers:
-            self.selector.unregister(worker.sock)
+            self.loop.remove(worker.sock.fileno())
             worker.sock.close()
         for worker in self.workers:
             try:
@@ -126,7 +126,7 @@ class Workers:
             environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **environment}
             process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         worker = Worker(process, ours)
-        self.selector.register(ours, selectors.EVENT_READ, lambda: self._heard(worker))
+        self.loop.add(ours.fileno(), lambda: self._heard(worker))
         for shared in self.streams.values():
             self._tell(worker, shared.message, shared.fds)
         return worker
@@ -143,7 +143,7 @@ class Workers:
         self._hand_out()
 
     def _replace(self, worker: Worker) -> None:
-        self.selector.unregister(worker.sock)
+        self.loop.remove(worker.sock.fileno())
         worker.sock.close()
         worker.process.kill()
         code = worker.process.wait()
