@@ -58,30 +58,61 @@ class Batch:
     """
 
     def __init__(self, feed: Feed, slot: Slot, message: Message, finalizer: weakref.finalize[..., Any]) -> None:
-        count = message["count"]
         self.epoch: int = message["epoch"]
         self.index: int = message["index"]
-        self.images: NDArray[Any] = slot.images[:count]
-        self.masks: NDArray[np.bool_] | None = None
-        if feed.structures:
-            self.masks = slot.masks[:count, 0] if len(feed.structures) == 1 else slot.masks[:count]
-        self.present: NDArray[np.bool_] = slot.present[:count]
-        self.sample_ids: NDArray[np.int64] = slot.sample_ids[:count]
-        self.sample_keys: NDArray[np.uint8] = slot.sample_keys[:count]
-        self.valid: NDArray[np.bool_] = slot.valid[:count]
+        self._count: int = message["count"]
+        self._slot: Slot | None = slot
         self._feed = feed
         self._finalizer = finalizer
+
+    @property
+    def images(self) -> NDArray[Any]:
+        """(B, rows, columns) of the feed's dtype: a view."""
+        return self._held().images[: self._count]
+
+    @property
+    def masks(self) -> NDArray[np.bool_] | None:
+        """Bool (B, rows, columns), or (B, K, rows, columns): a view; None for a feed without structures."""
+        structures = len(self._feed.structures)
+        if not structures:
+            return None
+        return self._held().masks[: self._count, 0] if structures == 1 else self._held().masks[: self._count]
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Bool (B, K): a view."""
+        return self._held().present[: self._count]
+
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """Int64 (B,): a view."""
+        return self._held().sample_ids[: self._count]
+
+    @property
+    def sample_keys(self) -> NDArray[np.uint8]:
+        """Uint8 (B, 16): a view."""
+        return self._held().sample_keys[: self._count]
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """Bool (B,): a view."""
+        return self._held().valid[: self._count]
+
+    def _held(self) -> Slot:
+        if self._slot is None:
+            raise FeedError(f"batch {self.index} of epoch {self.epoch} was released; what it held may be overwritten by now")
+        return self._slot
 
     def __iter__(self) -> Iterator[Any]:
         yield self.images
         yield self.masks
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self._count
 
     def release(self) -> None:
         """Give the slot back now. Views on this batch that are still around will show later batches: use with care."""
-        del self.images, self.masks, self.present, self.sample_ids, self.sample_keys, self.valid
+        self._slot = None
         self._finalizer()
 
     def done(self) -> None:
@@ -104,12 +135,12 @@ class Batch:
     def _repr_png_(self) -> bytes:
         from catalog.overlay import contact_sheet  # Pillow takes 30 ms to load, and few trainings look
 
-        masks = self.masks if self.masks is None or self.masks.ndim == 4 else self.masks[:, None]
+        masks = self._held().masks[: self._count] if self._feed.structures else None
         titles = [f"sample {sample}" if valid else "no sample" for sample, valid in zip(self.sample_ids, self.valid, strict=True)]
         return contact_sheet(self.images, masks, titles, self._feed.structures)
 
     def __repr__(self) -> str:
-        if not hasattr(self, "images"):
+        if self._slot is None:
             return f"<Batch {self.index} of epoch {self.epoch}, released>"
         return (
             f"<Batch {self.index} of epoch {self.epoch}: {len(self)} × {self.images.shape[1]}×{self.images.shape[2]} {self.images.dtype}>"

@@ -7,7 +7,6 @@ protocol's version, and another version is refused with the remedy.
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import socket
@@ -21,7 +20,7 @@ from catalog.errors import CatalogError
 
 PROTOCOL = 1
 LIMIT = 64 << 10  # bytes a message; in the steady state none is over 4 KiB
-FDS = 4
+FDS_SPACE = socket.CMSG_SPACE(4 * 4)  # for four descriptors
 SO_PEERPIDFD = 77  # since Linux 6.5; Python has no name for it
 PATH_LIMIT = 107  # bytes of a socket's address: sun_path less its end
 
@@ -64,16 +63,16 @@ def receive(sock: socket.socket) -> Message | None:
 
 def receive_fds(sock: socket.socket) -> tuple[Message | None, list[int]]:
     """As `receive`, with the descriptors that came; they are the caller's to close."""
-    data, ancillary, flags, _ = sock.recvmsg(LIMIT + 1, socket.CMSG_SPACE(FDS * 4), socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
+    data, ancillary, flags, _ = sock.recvmsg(LIMIT + 1, FDS_SPACE, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+            fds += struct.unpack(f"{len(content) // 4}i", content)
     if flags & socket.MSG_CTRUNC:
         for fd in fds:
             os.close(fd)
         raise MessageError("more descriptors came than this protocol sends")
-    return (_parse(data) if data else None), list(fds)
+    return (_parse(data) if data else None), fds
 
 
 def _pack(message: Message) -> bytes:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import mmap
 import os
 import sys
@@ -90,18 +91,57 @@ def layout_for(*, batch_size: int, structures: int, rows: int, columns: int, dty
     return Layout(batch_size, structures, rows, columns, dtype, slots or max(4, min(16, RING_BYTES // one.stride)))
 
 
-@dataclass(frozen=True, slots=True)
 class Slot:
-    """Views on one slot; they share one base array, so that its end is the end of the last of them."""
+    """Views on one slot, each made when it is asked for (a trainer looks at two or three of them).
 
-    base: NDArray[np.uint8]
-    header: NDArray[np.int64]
-    sample_ids: NDArray[np.int64]
-    sample_keys: NDArray[np.uint8]
-    valid: NDArray[np.bool_]
-    present: NDArray[np.bool_]
-    images: NDArray[Any]
-    masks: NDArray[np.bool_]
+    They share one base array, so that its end is the end of the last of them: numpy collapses chains of views to it.
+    """
+
+    def __init__(self, base: NDArray[np.uint8], layout: Layout) -> None:
+        self.base, self._layout = base, layout
+
+    @cached_property
+    def header(self) -> NDArray[np.int64]:
+        """Generation, epoch, index, samples."""
+        return self.base[:HEADER].view(np.int64)
+
+    @cached_property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """(B,)"""
+        return self.base[HEADER : HEADER + 8 * self._layout.batch_size].view(np.int64)
+
+    @cached_property
+    def sample_keys(self) -> NDArray[np.uint8]:
+        """(B, 16)"""
+        batch = self._layout.batch_size
+        return self.base[HEADER + 8 * batch : HEADER + 24 * batch].reshape(batch, 16)
+
+    @cached_property
+    def valid(self) -> NDArray[np.bool_]:
+        """(B,)"""
+        batch = self._layout.batch_size
+        return self.base[HEADER + 24 * batch : HEADER + 25 * batch].view(np.bool_)
+
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """(B, K)"""
+        batch, structures = self._layout.batch_size, self._layout.structures
+        at = HEADER + 25 * batch
+        return self.base[at : at + batch * structures].view(np.bool_).reshape(batch, structures)
+
+    @cached_property
+    def images(self) -> NDArray[Any]:
+        """(B, rows, columns)"""
+        layout = self._layout
+        pixels = self.base[layout.images_at : layout.images_at + layout.batch_size * layout.image_bytes].view(layout.dtype)
+        return pixels.reshape(layout.batch_size, layout.rows, layout.columns)
+
+    @cached_property
+    def masks(self) -> NDArray[np.bool_]:
+        """(B, K, rows, columns)"""
+        layout = self._layout
+        shape = (layout.batch_size, layout.structures, layout.rows, layout.columns)
+        return self.base[layout.masks_at : layout.masks_at + math.prod(shape)].view(np.bool_).reshape(shape)
 
 
 class Ring:
@@ -121,19 +161,8 @@ class Ring:
         self._map = mmap.mmap(fd, layout.size, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection)
 
     def slot(self, number: int) -> Slot:
-        """Return new views on a slot, on a base array of their own (numpy collapses chains of views to it)."""
-        layout = self.layout
-        batch, structures, frame = layout.batch_size, layout.structures, (layout.rows, layout.columns)
-        base = np.frombuffer(self._map, np.uint8, count=layout.stride, offset=number * layout.stride)
-        at = HEADER
-        sample_ids = base[at : (at := at + 8 * batch)].view(np.int64)
-        sample_keys = base[at : (at := at + 16 * batch)].reshape(batch, 16)
-        valid = base[at : (at := at + batch)].view(np.bool_)
-        present = base[at : at + batch * structures].view(np.bool_).reshape(batch, structures)
-        images = base[layout.images_at : layout.images_at + batch * layout.image_bytes].view(layout.dtype).reshape(batch, *frame)
-        mask_bytes = batch * structures * layout.rows * layout.columns
-        masks = base[layout.masks_at : layout.masks_at + mask_bytes].view(np.bool_).reshape(batch, structures, *frame)
-        return Slot(base, base[:HEADER].view(np.int64), sample_ids, sample_keys, valid, present, images, masks)
+        """Return new views on a slot, on a base array of their own."""
+        return Slot(np.frombuffer(self._map, np.uint8, count=self.layout.stride, offset=number * self.layout.stride), self.layout)
 
 
 def create(layout: Layout) -> int:
