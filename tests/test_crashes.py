@@ -117,7 +117,7 @@ def test_killed_trainer_takes_its_private_daemon_along(ingested: str) -> None:
 
 
 def test_killed_daemon_is_a_clear_error_at_once(ingested: str) -> None:
-    """A trainer whose daemon is killed gets an error within a second, its workers end, and the next Feed starts afresh."""
+    """A trainer whose daemon is killed gets an error at once, its workers end, and the next Feed starts afresh."""
     before = leftovers()
     with Feed(structures=["inner"], batch_size=2, slots=2) as feed:
         iterator = feed.epochs(50)
@@ -129,7 +129,7 @@ def test_killed_daemon_is_a_clear_error_at_once(ingested: str) -> None:
         with pytest.raises(FeedError, match=r"loaderd ended.*loaderd\.log.*new Feed"):
             for _ in iterator:
                 pass
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 10  # not the feed's timeout of 60 s
         assert (batch.images == kept).all()  # what is held stays readable
     assert wait_until(lambda: daemons() == [])
     assert leftovers() == before

@@ -743,14 +743,14 @@ def test_executor_that_takes_no_more(study: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("files", [0, 10], ids=["at once", "midway"])
 def test_interrupted(three: Path, conn: Conn, tmp_path: Path, take_in: Callable[..., Summary], files: int) -> None:
-    """Ctrl-C ends within two seconds with exit code 130 and one line; the run is on record, and the next goes on."""
-    process = start(three, program(tmp_path, slow=0.1))
+    """Ctrl-C ends at once with exit code 130 and one line; the run is on record, and the next goes on."""
+    process = start(three, program(tmp_path, slow=0.8))
     assert process.stderr is not None
     assert wait_until(lambda: len(group(process.pid)) > 2 and ask(conn, "SELECT count(*) FROM file")[0][0] >= files)
     begun = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=10)
-    assert time.monotonic() - begun < 2
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10  # 0.3 s on an idle machine; reading on takes over 20 s
     assert (process.returncode, said) == (130, "catalog: interrupted; the same command goes on where this one ended\n")
     assert wait_until(lambda: group(process.pid) == [], 2)
     [(done, state)] = ask(conn, "SELECT (SELECT count(*) FROM file), (SELECT max(state) FROM ingest_run)")
