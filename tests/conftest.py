@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,9 @@ IMAGE = os.environ.get("POSTGRES_IMAGE", "postgres:17")
 # Two shared cores: how long an example takes says nothing.
 hypothesis.settings.register_profile("scanfeed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("scanfeed")
+
+# A shell that runs the suite in the background has it ignore Ctrl-C, and so would every process that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
