@@ -183,6 +183,8 @@ class Daemon:
             self._part(consumer)
         except CatalogError as error:
             self._part(consumer, str(error))
+        except Exception as error:  # whatever a peer sends must not end the daemon, which feeds others
+            self._part(consumer, f"{type(error).__name__}: {error}; this is a bug in scanfeed")
 
     def _attach(self, consumer: Consumer, message: Message) -> None:
         self._attached = True

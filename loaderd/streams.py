@@ -138,7 +138,9 @@ class Stream:
                 self._begin(epoch)
         elif isinstance(event, Started):
             epoch = self._find(event.plan.epoch)
-            if epoch is None or epoch.plan is None:
+            if epoch is None or epoch.plan is None:  # the trainer went on meanwhile
+                if event.ledger_id is not None:
+                    self.supply.settle(event.ledger_id, [], [])
                 return
             if epoch.plan.epoch_id != event.plan.epoch_id:  # the catalog moved: nothing that was prepared holds
                 self._drop(epoch)
@@ -195,7 +197,7 @@ class Stream:
 
     def asked(self, message: Message) -> None:
         """Take a message of the trainer's. Raises MessageError if it is none."""
-        if message["op"] != "next":  # which the protocol's own layer checked
+        if message.get("op") != "next":  # which the protocol's own layer checked
             _check_pairs(message)
         for slot, generation in message.get("free", ()):
             if self._leased.get(slot) == generation:  # anything else was released before
@@ -204,7 +206,7 @@ class Stream:
         ack = message.get("ack")
         if ack is not None:
             self._acknowledge(ack[0], ack[1])
-        if message["op"] == "epoch":
+        if message.get("op") == "epoch":
             self._ask(message["epoch"], message["ahead"])
         self._pump()
 

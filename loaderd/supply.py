@@ -128,6 +128,7 @@ class Supply:
         self._work = work_query(len(definition.structures))
         self._shape = (0, 0)
         self._num_samples = 0
+        self._closing = False
         self._kept: dict[int, tuple[bytes, bytes]] = {}
         self._kept_for = -1  # the change counter of the plan that the kept work belongs to
         self._thread = threading.Thread(target=self._run, name="supply", daemon=True)
@@ -164,7 +165,8 @@ class Supply:
         self._commands.put(lambda: self._moved(root, path, size, mtime_ns, offset, sample_id))
 
     def close(self) -> None:
-        """Carry out what was asked for so far, then end."""
+        """Carry out what settles the ledger, then end; what would feed more is left out."""
+        self._closing = True
         self._commands.put(None)
 
     @property
@@ -234,7 +236,9 @@ class Supply:
             self._num_samples = planned.plan.num_samples
         return planned
 
-    def _begin(self, plan: Plan, fetched: Span | None) -> Event:
+    def _begin(self, plan: Plan, fetched: Span | None) -> Event | None:
+        if self._closing:  # a reservation now would report what nobody is to see
+            return None
         if ledger.changes(self._conn) != plan.catalog_changes:
             self._conn.rollback()
             plan = self._plan(plan.epoch).plan
@@ -244,7 +248,9 @@ class Supply:
         self._conn.commit()
         return Started(plan, ledger_id)
 
-    def _fetch(self, plan: Plan, span: Span, *, reserve: bool) -> Fetched:
+    def _fetch(self, plan: Plan, span: Span, *, reserve: bool) -> Fetched | None:
+        if self._closing:
+            return None
         plan.wait_for(span[1])
         if plan.catalog_changes != self._kept_for:
             self._kept, self._kept_for = {}, plan.catalog_changes

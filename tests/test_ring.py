@@ -158,6 +158,25 @@ def test_a_strange_client_harms_nobody(ingested: str, loaderd: Callable[..., obj
             sock.connect(str(path))
             sock.send(json.dumps({"op": "attach", "protocol": 999, "version": "9"}).encode())
             assert "protocol 999" in json.loads(sock.recv(messages.LIMIT))["message"]
+        for data in (
+            b"{}",
+            b'{"op":"epoch"}',
+            b'{"op":"epoch","epoch":-1,"ahead":0}',
+            b'{"op":"x","free":7}',
+            b'{"op":"x","ack":[1]}',
+            b"\x02",
+        ):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(str(path))
+                sock.settimeout(10)
+                sock.send(json.dumps({"op": "attach", "protocol": messages.PROTOCOL, "definition": {}}).encode())
+                reply, fds = messages.receive_fds(sock)
+                assert reply is not None and reply["op"] == "attached"
+                os.close(fds[0])
+                sock.send(data)
+                if data == b"{}":  # says nothing, and does nothing
+                    continue
+                assert json.loads(sock.recv(messages.LIMIT))["op"] == "error", data
         many = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(300)]
         for sock in many:
             sock.connect(str(path))
