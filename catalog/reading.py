@@ -26,7 +26,7 @@ from catalog import contours, dicom
 from catalog.errors import FileError
 from catalog.layouts import Annotation, Entry, Image
 
-FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own cost (0.2 ms a task) is lost in it
+FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own work a task is little beside reading them
 TASKS_AT_ONCE = 16
 LONGEST_UID = 1_000  # characters; far beyond PS3.5 9.1, since UIDs are kept as found, and within what PostgreSQL indexes
 LONGEST_MM = 1e9

@@ -1,6 +1,6 @@
 """Which descriptors the daemon waits for, and what it does when one is readable.
 
-`selectors` costs 10 µs a wake-up, a tenth of what a batch costs the daemon; this is epoll and a dictionary.
+epoll and a dictionary. Of several events that come together, a handler may close what a later one was for; that one is then left out.
 """
 
 from __future__ import annotations

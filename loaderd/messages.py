@@ -26,7 +26,7 @@ PATH_LIMIT = 107  # bytes of a socket's address: sun_path less its end
 
 Message = dict[str, Any]
 
-# Messages of whole numbers alone, by their first byte. In JSON they cost 30 µs a batch more, of 800 that decoding it takes.
+# Messages of whole numbers alone, by their first byte: the four of a batch cost 9 µs to make and take, in JSON 16.
 PACKED: dict[str, tuple[int, tuple[str, ...]]] = {
     "job": (1, ("stream", "job", "slot", "generation", "epoch", "index", "length", "pad")),
     "done": (2, ("stream", "job", "count", "by_offset", "opened")),

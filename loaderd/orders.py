@@ -292,7 +292,7 @@ class Planner:
     def _insert(self, plan: Plan, part: Part) -> None:
         self.writing.execute(
             "INSERT INTO epoch_order (epoch_id, part, sample_ids, annotation_ids) VALUES (%s, %s, %s::text::bigint[], %s::text::bigint[])",
-            # As text: psycopg dumps a list of 1,024 numbers element by element, in 0.6 ms.
+            # As text: psycopg dumps a list of 1,024 numbers element by element, in 0.5 ms.
             [plan.epoch_id, part.number, _array(part.samples), _array(part.annotations)],
         )
 
@@ -320,7 +320,10 @@ class Planner:
         ), {"last": self._last.epoch_id}
 
     def _parts(self, epoch: int, shape: tuple[int, int], first: int | None = None) -> Iterator[Part]:
-        """Yield the epoch's order; a whole order at once below `LARGE`, where the statement stays prepared (planning it takes 10 ms)."""
+        """Yield the epoch's order; a whole order at once below `LARGE`.
+
+        There the statement stays prepared: planning it took 17 ms on a busy machine.
+        """
         query, parameters = self._fed()
         order = order_by(self.definition)
         limit = sql.SQL("") if first is None else sql.SQL(" ORDER BY {} LIMIT {}").format(order, sql.Literal(first))
