@@ -335,12 +335,21 @@ flag = Table(
     Column("closed_by", Text, comment="Who closed it."),
     Column("closed_at", DateTime(timezone=True), comment="When it was closed."),
     Column("reason", Text, comment="Why it was closed."),
+    Column(
+        "revokes",
+        Boolean,
+        nullable=False,
+        server_default="false",
+        comment="While it is open nothing of its subject is fed: at once, from frozen streams too, and what is ingested later as well.",
+    ),
     CheckConstraint("severity IN ('error', 'warning', 'info')", name="severity"),
     CheckConstraint("state IN ('open', 'resolved', 'false_positive')", name="state"),
     CheckConstraint(f"num_nonnulls({', '.join(SUBJECTS)}) = 1", name="one_subject"),
     CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
     # Raising the same finding twice leaves one open flag.
     Index("ix_flag_open", "rule", *SUBJECTS, unique=True, postgresql_where=text("state = 'open'"), postgresql_nulls_not_distinct=True),
+    Index("ix_flag_revokes", "id", postgresql_where=text("revokes AND state = 'open'")),
+    CheckConstraint("NOT revokes OR severity = 'error'", name="revokes_error"),
     comment="A finding on a file, image, annotation, pairing, series, study or patient.",
 )
 
@@ -350,11 +359,14 @@ stream = Table(
     "stream",
     metadata,
     _id(),
-    Column("name", Text, unique=True, comment="NULL for a stream defined by a Feed's arguments alone."),
+    Column("name", Text, comment="NULL for a stream defined by a Feed's arguments alone."),
     Column("definition", JSONB, nullable=False, comment="What is fed: selection, structures, seed, batch size, …"),
     Column("digest", LargeBinary, nullable=False, comment="sha256 of the definition as canonical JSON."),
     _now("created_at", "When it was first asked for."),
+    Column("ended_at", DateTime(timezone=True), comment="When it was ended: nobody attaches any more, and its name is free again."),
     Index("ix_stream_unnamed", "digest", unique=True, postgresql_where=text("name IS NULL")),
+    Index("ix_stream_name", "name", unique=True, postgresql_where=text("ended_at IS NULL")),
+    CheckConstraint("name <> ''", name="name"),
     comment="A definition of what is fed.",
 )
 
@@ -369,6 +381,65 @@ run = Table(
     comment="One training.",
 )
 
+run_note = Table(
+    "run_note",
+    metadata,
+    _id(),
+    _ref("run_id", "run", "The training."),
+    _now("at", "When it was noted."),
+    Column("actor", Text, nullable=False, comment="Who noted it."),
+    Column("note", Text, nullable=False, server_default="", comment="In words."),
+    Column("model_sha256", LargeBinary, comment="sha256 of a model that this training made."),
+    CheckConstraint("length(model_sha256) = 32", name="model_sha256"),
+    CheckConstraint("note <> '' OR model_sha256 IS NOT NULL", name="says_something"),
+    comment="What became of a training: the models it made, and remarks.",
+)
+
+attempt = Table(
+    "attempt",
+    metadata,
+    _id(),
+    _ref("run_id", "run", "The training.", index=False),
+    _ref("stream_id", "stream", "What is fed."),
+    Column("attempt", Integer, nullable=False, comment="Uninterrupted stretch of the run on this stream, from 1."),
+    Column("num_ranks", Integer, nullable=False, comment="Training processes that share its batches."),
+    Column("epoch", Integer, nullable=False, comment="Epoch in which it begins."),
+    Column("step", Integer, nullable=False, comment="Its first step in that epoch; steps before it were made by earlier attempts."),
+    Column("position", BigInteger, nullable=False, comment="Position in that epoch at which its first step begins."),
+    Column("versions", JSONB, nullable=False, server_default="{}", comment="What the daemon that opened it ran on: package → version."),
+    _now("opened_at", "When it was opened."),
+    UniqueConstraint("run_id", "stream_id", "attempt"),
+    CheckConstraint("attempt >= 1 AND num_ranks >= 1 AND epoch >= 0 AND step >= 0 AND position >= 0", name="counted"),
+    comment="One uninterrupted stretch of a run. A later one that begins earlier replaces what came after its beginning.",
+)
+
+consumer = Table(
+    "consumer",
+    metadata,
+    _id(),
+    _ref("run_id", "run", "The training; NULL until it asks for its first epoch.", index=False, nullable=True),
+    _ref("stream_id", "stream", "What it is fed."),
+    Column("attempt", Integer, comment="Attempt of the run; NULL until it asks for its first epoch."),
+    Column("rank", Integer, nullable=False, comment="Its place among num_ranks, from 0."),
+    Column("num_ranks", Integer, nullable=False, comment="Training processes that share the batches."),
+    Column("host", Text, nullable=False, comment="Machine of the training process and its daemon."),
+    Column("pid", Integer, nullable=False, comment="Process, as the kernel says."),
+    Column("uid", Integer, nullable=False, comment="User, as the kernel says."),
+    Column("daemon_pid", Integer, nullable=False, comment="Process of the daemon."),
+    Column("versions", JSONB, nullable=False, server_default="{}", comment="What the training process runs on: package → version."),
+    _now("attached_at", "When it attached."),
+    Column("left_at", DateTime(timezone=True), comment="When it left or was seen to be gone; NULL while it is fed, or when its daemon died."),
+    Column("reason", Text, comment="Why it left; NULL: it said goodbye or was closed."),
+    Column("reserved_epoch", Integer, comment="Epoch of its last reservation."),
+    Column("reserved_to", BigInteger, comment="All its positions of that epoch before this one have a row in the ledger."),
+    Column("ended_epoch", Integer, comment="Last epoch of which it got everything."),
+    Index("ix_consumer_attempt", "run_id", "stream_id", "attempt", "rank"),
+    CheckConstraint("rank >= 0 AND rank < num_ranks", name="rank"),
+    CheckConstraint("(run_id IS NULL) = (attempt IS NULL)", name="attempt_whole"),
+    CheckConstraint("(reserved_epoch IS NULL) = (reserved_to IS NULL)", name="reserved_whole"),
+    comment="Who attached to a daemon: one row an attach. While it is fed, its daemon holds an advisory lock on its id.",
+)
+
 epoch = Table(
     "epoch",
     metadata,
@@ -381,8 +452,12 @@ epoch = Table(
     Column("order_sha256", LargeBinary, comment="sha256 of the sample keys in order; NULL until the whole order is stored."),
     _now("planned_at", "When the order was taken."),
     Column("started_at", DateTime(timezone=True), comment="When its first batch was asked for; NULL: prepared ahead, provisional."),
+    Column("pruned_at", DateTime(timezone=True), comment="When its order and ledger rows were dropped; summary and patients stay."),
+    Column("summary", JSONB, comment="Its row of epoch_coverage when it was pruned."),
+    Column("patients", ARRAY(BigInteger), comment="patient.id of everybody of whom it delivered something, when it was pruned."),
     UniqueConstraint("run_id", "stream_id", "epoch"),
     CheckConstraint("epoch >= 0 AND num_samples >= 0", name="counted"),
+    CheckConstraint("num_nonnulls(pruned_at, summary, patients) IN (0, 3)", name="pruned_whole"),
     comment="One pass over a stream; its order lies in epoch_order.",
 )
 
@@ -412,8 +487,10 @@ ledger = Table(
     Column("positions", INT8MULTIRANGE, nullable=False, comment="Positions of the epoch's order with that outcome."),
     Column("acknowledged", INT8MULTIRANGE, nullable=False, server_default=text("'{}'"), comment="Of these, what the trainer went on from."),
     Column("consumer", Text, nullable=False, comment="host:pid of the training process."),
+    Column("rank", Integer, nullable=False, server_default="0", comment="Its place among the ranks of the attempt."),
     _now("at", "When it became durable."),
-    UniqueConstraint("epoch_id", "attempt", "outcome", "positions"),
+    # Not unique: epoch_coverage is to show a row that came twice, not to be kept from seeing it.
+    Index("ix_ledger_epoch_id", "epoch_id", "attempt", "rank"),
     CheckConstraint("outcome IN ('delivered', 'dropped', 'unreadable', 'revoked')", name="outcome"),
     CheckConstraint("attempt >= 1", name="attempt"),
     CheckConstraint("NOT isempty(positions) AND acknowledged <@ positions", name="positions"),
