@@ -1,21 +1,24 @@
-"""`catalog`: init, ingest, status, errors, sql, show."""
+"""`catalog`: init, ingest, status, errors, sql, show, flag, patient."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from catalog import flags
 from catalog.database import SQL_TIMEOUT_S, explain, open_database, schema_version, upgrade
 from catalog.errors import CatalogError, UsageError
 
@@ -25,6 +28,9 @@ DatabaseUrl = Annotated[
     str | None,
     typer.Option("--database", envvar="CATALOG_DATABASE_URL", help="PostgreSQL URL; without it the embedded database.", show_default=False),
 ]
+Actor = Annotated[str | None, typer.Option(help="Who decides; by default the OS user.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; changes nothing.")]
+PatientName = Annotated[str, typer.Argument(metavar="PATIENT", help="PatientID, or the layout's name for the patient.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -99,9 +105,10 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
         samples = conn.execute(
             "SELECT structure, count(*), count(*) FILTER (WHERE error_flags > 0) FROM sample GROUP BY 1 ORDER BY 1"
         ).fetchall()
-        flags = conn.execute(
+        open_flags = conn.execute(
             "SELECT rule, severity, count(*) FROM flag WHERE state = 'open' GROUP BY 1, 2 ORDER BY severity, rule"
         ).fetchall()
+        revoked = flags.revoked(conn)
         version = schema_version(db)
     if as_json:
         found = {
@@ -110,7 +117,8 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
             "rows": counts,
             "roots": [dict(zip(("name", "url", "files", "not_present"), row, strict=True)) for row in roots],
             "samples": [dict(zip(("structure", "samples", "with_errors"), row, strict=True)) for row in samples],
-            "open_flags": [dict(zip(("rule", "severity", "count"), row, strict=True)) for row in flags],
+            "open_flags": [dict(zip(("rule", "severity", "count"), row, strict=True)) for row in open_flags],
+            "revoked": revoked,
         }
         typer.echo(json.dumps(found, indent=2))
         return
@@ -120,8 +128,10 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
         typer.echo(f"  root {name}: {url}, {files} files" + (f", {away} missing or unreadable" if away else ""))
     for structure, count, flagged in samples:
         typer.echo(f"  samples of {structure}: {count}" + (f", {flagged} with open errors" if flagged else ""))
-    for rule, severity, count in flags:
+    for rule, severity, count in open_flags:
         typer.echo(f"  open flags {rule} ({severity}): {count}")
+    if revoked:
+        typer.echo(f"  revoked: {_number(revoked, 'sample')}, of which nothing is fed")
     if not roots:
         typer.echo("  nothing ingested yet: catalog ingest FOLDER")
 
@@ -198,6 +208,188 @@ def show(
         png = showing.picture(db, sample)
     output.write_bytes(png)
     typer.echo(str(output))
+
+
+flag_app = typer.Typer(no_args_is_help=True, help="Findings: raise, list and close them.")
+app.add_typer(flag_app, name="flag")
+patient_app = typer.Typer(no_args_is_help=True, help="Consent: withdraw it, give it back.")
+app.add_typer(patient_app, name="patient")
+# The words of an unquoted name are taken, so that no message of the command line's parser repeats them.
+ONE_NAME = {"allow_extra_args": True}
+
+
+@flag_app.command("add", context_settings=ONE_NAME)
+def flag_add(
+    context: typer.Context,
+    subject: Annotated[str, typer.Argument(help="sample:17, file:9, annotation:3, pairing:5, series:UID, study:UID or patient:NAME.")],
+    rule: Annotated[str, typer.Option(help="A short code, such as BAD-CONTOUR.")],
+    detail: Annotated[str, typer.Option(help="What was found, in words.")],
+    severity: Annotated[flags.Severity, typer.Option(help="Open errors keep samples out of feeding.")] = flags.Severity.ERROR,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Feed nothing of it any more, at once, from frozen streams too.")] = False,
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+) -> None:
+    """Raise a flag; says what it keeps out, and with --revoke which runs saw it. Daemons take up to a second: again lists all."""
+    _one_name(context)
+    with open_database(database) as db:
+        added = flags.add(db, subject, rule=rule, detail=detail, severity=severity, revoke=revoke, actor=actor, dry_run=dry_run)
+    _say_dry(dry_run)
+    kind, _, name = subject.partition(":")
+    for flag in added.flags:
+        _print_flag(flag, f"{kind} {name}" if flags.NAMED_BY[kind][1] == "id" else f"the {kind}")
+    samples = _number(added.images, "sample")
+    if any(flag.revokes for flag in added.flags):
+        typer.echo(f"affects {samples}, fed no more, and what is ingested of it later")
+        _print_seen(added.seen)
+    elif any(flag.severity == flags.Severity.ERROR for flag in added.flags):
+        typer.echo(f"affects {samples}, left out from the next epoch on")
+    else:
+        typer.echo(f"affects {samples}, fed all the same: it is no error")
+
+
+@flag_app.command("list")
+def flag_list(
+    rule: Annotated[str | None, typer.Option(help="Those of this rule alone.", show_default=False)] = None,
+    state: Annotated[flags.State, typer.Option(help="open, or all with those that were closed.")] = flags.State.OPEN,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """List flags, oldest first."""
+    with open_database(database) as db:
+        rows = flags.listed(db, rule=rule, state=state)
+    if as_json:
+        typer.echo(json.dumps([{name: _plain(value) for name, value in row.items()} for row in rows], indent=2))
+    elif not rows:
+        typer.echo("no flags" if state == flags.State.ALL else "no open flags")
+    else:
+        names = [name for name in rows[0] if state == flags.State.ALL or name not in ("state", "closed_by", "closed_at", "reason")]
+        _print_table(names, [[_cell(row[name]) for name in names] for row in rows])
+
+
+@flag_app.command("close")
+def flag_close(
+    ids: Annotated[list[int], typer.Argument(metavar="ID...", help="As `catalog flag list` shows.")],
+    reason: Annotated[str, typer.Option(help="Why, in words.")],
+    false_positive: Annotated[bool, typer.Option("--false-positive", help="There was nothing wrong.")] = False,
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+) -> None:
+    """Close flags, all or none. What they kept out is fed again, unless another flag keeps it out."""
+    with open_database(database) as db:
+        closed = flags.close(db, ids, reason=reason, false_positive=false_positive, actor=actor, dry_run=dry_run)
+    _say_dry(dry_run)
+    _print_closed(closed)
+
+
+@patient_app.command(context_settings=ONE_NAME)
+def withdraw(
+    context: typer.Context,
+    patient: PatientName,
+    reason: Annotated[str, typer.Option(help="More about it, in words.", show_default=False)] = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Consent is withdrawn: feed nothing of the patient any more, also of what comes later; says which trainings saw the patient.
+
+    Running daemons take up to a second: the same command again lists what they delivered until then.
+    """
+    _one_name(context)
+    with open_database(database) as db:
+        added = flags.withdraw(db, patient, reason=reason, actor=actor, dry_run=dry_run)
+    _say_dry(dry_run)
+    [flag] = added.flags
+    if as_json:
+        found = {"flag": flag.id, "change": flag.change, "dry_run": dry_run, "images": added.images, "annotations": added.annotations}
+        seen = [{name: _plain(value) for name, value in asdict(one).items()} for one in added.seen]
+        typer.echo(json.dumps({**found, "seen": seen}, indent=2))
+        return
+    _print_flag(flag, "the patient")
+    typer.echo(f"takes out {_number(added.images, 'image')} and {_number(added.annotations, 'annotation')}, and what is ingested later")
+    _print_seen(added.seen)
+
+
+@patient_app.command(context_settings=ONE_NAME)
+def reinstate(
+    context: typer.Context,
+    patient: PatientName,
+    reason: Annotated[str, typer.Option(help="Why, in words.")],
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+) -> None:
+    """Consent is given again: close the flag of `catalog patient withdraw`."""
+    _one_name(context)
+    with open_database(database) as db:
+        closed = flags.reinstate(db, patient, reason=reason, actor=actor, dry_run=dry_run)
+    _say_dry(dry_run)
+    _print_closed(closed)
+    if not closed:
+        typer.echo("the patient is not withdrawn: nothing changed")
+
+
+def _one_name(context: typer.Context) -> None:
+    if context.args:
+        raise UsageError("one at a time; a name with spaces goes into quotes")
+
+
+def _say_dry(dry_run: bool) -> None:
+    if dry_run:
+        _say("dry run: nothing was changed; this is what would be said")
+
+
+def _print_flag(flag: flags.Flag, on: str) -> None:
+    what = f"flag {flag.id or '(new)'} ({flag.severity}{', revokes' if flag.revokes else ''}) on {on}"
+    if flag.change is None:
+        typer.echo(f"{what} is open already, raised by {flag.raised_by} at {_cell(flag.raised_at)}: nothing changed")
+    else:
+        typer.echo(f"{what} {flag.change}")
+
+
+def _print_closed(closed: list[flags.Closed]) -> None:
+    for flag in closed:
+        if not flag.changed:
+            typer.echo(f"flag {flag.id} was closed already by {flag.closed_by} at {_cell(flag.closed_at)} ({flag.state}): nothing changed")
+            continue
+        freed = f"; {_number(flag.freed, 'sample')} no longer revoked" if flag.revoked else ""
+        held = f", {flag.held} still are by other flags" if flag.held else ""
+        typer.echo(f"flag {flag.id} ({flag.rule}) closed: {flag.state}{freed}{held}")
+
+
+def _print_seen(seen: list[flags.Seen]) -> None:
+    if not seen:
+        typer.echo("no run saw any of it")
+        return
+    typer.echo(f"seen already by {_number(len({one.run for one in seen}), 'run')}:")
+    rows = []
+    for one in seen:
+        samples = f"{one.samples}{'+' if one.pruned else ''}"
+        times = [_cell(one.first), _cell(one.last)]
+        models = ", ".join(one.models) or "none noted"
+        rows.append([one.run, one.stream_name or str(one.stream), _ranges(one.epochs), samples, str(one.deliveries), *times, models])
+    _print_table(["run", "stream", "epochs", "samples", "deliveries", "first", "last", "models"], rows)
+    if any(one.pruned for one in seen):
+        typer.echo("+ perhaps more in pruned epochs, of which only the patients are known")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return sorted numbers as 0-3, 5."""
+    runs = [[at for _, at in group] for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun if count == 1 else _plural(noun)}"
+
+
+def _cell(value: Any) -> str:
+    """Return a value as one line of a table."""
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return "" if value is None else " ".join(str(value).split())
 
 
 def _plain(value: Any) -> Any:

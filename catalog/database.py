@@ -18,10 +18,12 @@ import contextlib
 import hashlib
 import os
 import secrets
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -37,6 +39,10 @@ SCHEMA_VERSION = "0002"  # the newest revision under migrations/versions; a test
 OLDEST_SERVER = 15  # NULLS NOT DISTINCT (unique rows with missing values) came with 15
 SQL_TIMEOUT_S = 60
 EMBEDDED_DATABASE = "catalog"
+# A client host that died or lost its net holds its locks until the server notices: by default after more than two hours.
+KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+
+_Connection = TypeVar("_Connection", bound=psycopg.Connection[Any])
 
 
 class _Reading(psycopg.Connection[tuple[Any, ...]]):
@@ -66,11 +72,13 @@ class Database:
     def connect(self, *, autocommit: bool = False, **parameters: Any) -> psycopg.Connection[tuple[Any, ...]]:
         """Return a new connection with the owner's rights; the caller closes it.
 
+        An embedded server that died meanwhile is started again. `options` add to those of the URL and win over them.
+
         Raises:
             DatabaseError: If the server is out of reach or refuses.
         """
         try:
-            return psycopg.connect(self.conninfo, autocommit=autocommit, **parameters)
+            return self._dial(psycopg.connect, autocommit=autocommit, **parameters)
         except psycopg.OperationalError as error:
             raise self._out_of_reach(error) from error
 
@@ -89,7 +97,7 @@ class Database:
         role, password = login
         options = f"-c statement_timeout={int(timeout_s * 1000)} -c default_transaction_read_only=on"
         try:
-            return _Reading.connect(self.conninfo, user=role, password=password, options=options, application_name="catalog sql")
+            return self._dial(_Reading.connect, user=role, password=password, options=options, application_name="catalog sql")
         except psycopg.OperationalError as error:
             raise DatabaseError(
                 f"{self.name}: does not let the login {role} in, under which SQL from users runs: {_first_line(error)}; "
@@ -125,6 +133,20 @@ class Database:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _dial(self, connect: Callable[..., _Connection], *, options: str = "", **parameters: Any) -> _Connection:
+        url = str(conninfo_to_dict(self.conninfo).get("options") or os.environ.get("PGOPTIONS", ""))
+        options = " ".join(part for part in ("" if self.server else KEEPALIVE, url, options) if part)
+        deadline = time.monotonic() + embedded.START_SECONDS
+        answers = self.server is None
+        while True:
+            try:
+                return connect(self.conninfo, options=options, **parameters)
+            except psycopg.OperationalError:
+                # A server that answers and is asked once more may have died in between; after that it is there and refuses.
+                if answers or self.server is None or time.monotonic() > deadline:
+                    raise
+                answers = self.server.start()
 
     def _out_of_reach(self, error: psycopg.Error) -> DatabaseError:
         remedy = "see postgresql.log there" if self.server else "is it running? see --database and CATALOG_DATABASE_URL"
@@ -176,7 +198,7 @@ def _embedded(home: Path) -> Database:
     server = embedded.use(home)
     try:
         conninfo = make_conninfo(host=server.host, port=server.port, user=server.user)
-        with psycopg.connect(conninfo, dbname="postgres", autocommit=True) as conn:
+        with Database(make_conninfo(conninfo, dbname="postgres"), server).connect(autocommit=True) as conn:
             if conn.execute("SELECT 1 FROM pg_database WHERE datname = %s", [EMBEDDED_DATABASE]).fetchone() is None:
                 # Another process may be first.
                 with contextlib.suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):

@@ -18,7 +18,8 @@ meanwhile waits in `flock` until that is done. What each death does:
 
     a user                    its lock is gone; the last one's death ends the server
     the keeper                the kernel sends PostgreSQL a SIGINT (PR_SET_PDEATHSIG): open sessions end, the server shuts down cleanly
-    PostgreSQL                the keeper ends; the next `use` starts the server again, which recovers what was committed
+    PostgreSQL                the keeper ends; the next `use`, or `Server.start` of a handle that is held, starts the server again, which
+                              recovers what was committed
     a user during initdb      initdb goes on alone with start.lock, the next user waits for it, throws its folder away and starts anew
 
 Only Linux has PR_SET_PDEATHSIG: elsewhere a server whose keeper was killed is used on, and runs until the machine stops.
@@ -58,6 +59,7 @@ USER = "scanfeed"
 PORT = 5432
 START_SECONDS = 60
 STOP_SECONDS = 30
+MOST_STARTS = 10  # of a server that is killed while it starts
 LOG_BYTES = 8 << 20
 
 # What must hold for this file to work, so it goes on the command line, where no configuration file can undo it.
@@ -127,6 +129,22 @@ class Server:
             self.close()
             raise
 
+    def start(self) -> bool:
+        """Start the server if nobody answers, and wait until it does; returns whether it answered at once. Not after `close`.
+
+        For a handle that outlived the server it was made for. Threads and processes that come at the same moment get one server.
+
+        Raises:
+            DatabaseError: If it cannot be started; the message says why and what to do.
+        """
+        if not self._fds or _answers(self.host):
+            return True
+        try:
+            _start(self.home, self.host)
+        except OSError as error:
+            raise _cannot(self.home, error) from error
+        return False
+
     def close(self) -> None:
         """Give the server up; the last one to do so ends it. A second call does nothing."""
         while self._fds:
@@ -152,13 +170,12 @@ def use(home: Path) -> Server:
         _own_folder(home)
         server = Server(home)
         try:
-            if not _answers(server.host):
-                _start(home, server.host)
+            server.start()
         except BaseException:
             server.close()
             raise
     except OSError as error:
-        raise _cannot(home, f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}") from error
+        raise _cannot(home, error) from error
     return server
 
 
@@ -166,8 +183,10 @@ def _disk_is_full(text: str) -> bool:
     return os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text
 
 
-def _cannot(home: Path, why: str) -> DatabaseError:
+def _cannot(home: Path, why: str | OSError) -> DatabaseError:
     """Return the error for a reason that PostgreSQL or the system gave, with what can be done about it."""
+    if isinstance(why, OSError):
+        why = f"{why.strerror or why}{f' ({why.filename})' if why.filename else ''}"
     if _disk_is_full(why):
         return DatabaseError(
             f"{home}: the disk is full, so PostgreSQL cannot start; free some space there, or set CATALOG_HOME to another disk"
@@ -258,7 +277,7 @@ def _start(home: Path, host: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         with contextlib.ExitStack() as keeper:
             started = select.poll()  # select() fails on descriptors from 1024 on
-            pipe = -1
+            pipe, starts = -1, 0
             while not _answers(host):
                 if time.monotonic() > deadline:
                     who = "the server" if pipe >= 0 else "whoever holds server.lock (on another machine, if the disk is shared)"
@@ -267,26 +286,30 @@ def _start(home: Path, host: str) -> None:
                     if log.exists() and log.stat().st_size > LOG_BYTES:
                         log.replace(log.with_suffix(".log.old"))
                     pipe, seen = _start_keeper(home, binaries)
+                    starts += 1
                     keeper.callback(os.close, pipe)
                     started.register(pipe, select.POLLIN)
                 elif not started.poll(10):  # also the wait for a server that is not ours and is starting, or ending, or hangs
                     continue
-                elif os.read(pipe, 1):  # another keeper was faster
+                else:
+                    faster = os.read(pipe, 1)  # by another keeper, that is
+                    gave_up, words = _last_words(log, seen)
+                    if not faster and (gave_up or starts == MOST_STARTS):
+                        raise _cannot(home, words)
                     started.unregister(pipe)
                     pipe = -1
-                else:
-                    raise _cannot(home, _last_words(log, seen))
 
 
-def _last_words(log: Path, seen: int) -> str:
-    """Return the line of the log, from byte `seen` on, that says why the server ended."""
+def _last_words(log: Path, seen: int) -> tuple[bool, str]:
+    """Return whether the server itself gave up, or else was killed, and the line of the log, from byte `seen` on, that says why."""
     with log.open("rb") as file:
         file.seek(seen)
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     full = [line for line in lines if _disk_is_full(line)]
-    # "the database system is starting up" and the like are what our own question was answered with.
-    fatal = [line for line in lines if ("FATAL" in line or "PANIC" in line) and "the database system is" not in line]
-    return (full or fatal or lines or ["it ended without a word"])[-1]
+    # "the database system is starting up" and the like are what our own question was answered with, the others' is "terminating".
+    about_others = ("the database system is", "terminating connection")
+    fatal = [line for line in lines if ("FATAL" in line or "PANIC" in line) and not any(words in line for words in about_others)]
+    return bool(full or fatal), (full or fatal or lines or ["it ended without a word"])[-1]
 
 
 def _prepare(home: Path, start_lock: int) -> Path:
@@ -476,6 +499,8 @@ def _keep(home: Path, binaries: Path) -> None:
         # We hold server.lock, so the writer of this file is dead, and a process that has its pid now (common in containers) is no
         # server: this is how pg_ctl says so. Removing the file would switch off PostgreSQL's own check for orphaned sessions.
         environment["PG_GRANDPARENT_PID"] = str(int((data / "postmaster.pid").read_text().split("\n", 1)[0]))
+    # It guards the socket alone, and may hold the pid of an earlier one: of a start that was killed half-way it is the one before.
+    (data / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
     keeper, libc = os.getpid(), ctypes.CDLL(None)
 
     def die_with_keeper() -> None:  # runs just before exec, after the change of user, which would undo it

@@ -6,6 +6,7 @@
 ...         ...
 """
 
-from loaderd.client import Batch, Feed, FeedError, batches
+from loaderd.attach import FeedError
+from loaderd.client import Batch, Feed, batches
 
 __all__ = ["Batch", "Feed", "FeedError", "batches"]

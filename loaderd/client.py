@@ -8,37 +8,32 @@ wakes an eventfd: it may run anywhere, in the middle of anything. The note is se
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import logging
 import os
+import platform
 import select
-import socket
-import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from catalog import __version__, database
-from catalog.embedded import default_home
+from catalog import __version__
 from catalog.errors import CatalogError
-from loaderd import messages
+from loaderd import attach, messages
+from loaderd.attach import FeedError
 from loaderd.messages import PROTOCOL, Message
+from loaderd.progress import Progress
 from loaderd.ring import Layout, Ring, Slot
-from loaderd.workers import python
 
-START_S = 60
-_started: list[subprocess.Popen[bytes]] = []  # private daemons of this process, to be reaped
-
-
-class FeedError(CatalogError):
-    """The feed cannot go on; the message says why and what to do."""
+MAX_RANKS = 65_536
+_log = logging.getLogger("loaderd")
+_UNSET: Any = type("unset", (), {"__repr__": lambda self: "…"})()  # the stream's own, or the default
 
 
 class Batch:
@@ -151,24 +146,38 @@ class Feed:
     """Batches of a stream, in the database's random order, from a daemon over shared memory.
 
     Finds the user's daemon for this database (`loaderd serve`), or starts one for itself and ends it with itself. The first feed of
-    a process starts it, further ones share it.
+    a process starts it, further ones share it. If the daemon dies, the feed attaches to the one that comes back, or starts another,
+    and goes on with the batch after the last one that it handed out.
 
     Args:
+        stream: A named stream (`loaderd stream create`). Of the arguments down to `on_error` none is needed then, and one that is given
+            and differs from the stream's is an error. Without it these arguments define an unnamed stream.
         structures: Names to feed masks of; none: images alone.
         where: An SQL condition over the view ``sample`` (without structures: ``image_all``); it runs under a login that cannot write.
         limit: At most so many samples, the first by sample_key.
-        include_flagged: Feed also what open flags of severity error speak against.
-        require: With several structures, ``"all"`` of them must be there, or ``"any"``.
-        batch_size: Samples a batch.
-        seed: With the epoch it decides the order; 64 bits.
+        include_flagged: Feed also what open flags of severity error speak against. What was revoked is never fed.
+        require: With several structures, ``"all"`` (default) of them must be there, or ``"any"``.
+        batch_size: Samples a batch; default 8.
+        seed: With the epoch it decides the order; 64 bits; default 0.
         shuffle: False gives the order by sample_key, the same in every epoch.
-        tail: What becomes of the last samples that fill no batch: ``"short"``, ``"drop"`` or ``"pad"`` (zeros, ``valid`` False).
-        dtype: Of the images: ``"float32"``, ``"float64"`` or ``"float16"``.
-        on_error: What to do about a sample that cannot be read: ``"skip"``, ``"blank"`` (zeros, ``valid`` False) or ``"stop"``.
-        run: The training's name in the ledger; without one a new name is made up.
+        tail: What becomes of the last samples that fill no batch: ``"short"`` (default), ``"drop"`` or ``"pad"`` (zeros, ``valid``
+            False). Over several ranks the last step is dealt out evenly.
+        dtype: Of the images: ``"float32"`` (default), ``"float64"`` or ``"float16"``.
+        on_error: What to do about a sample that cannot be read: ``"skip"`` (default), ``"blank"`` (zeros, ``valid`` False) or ``"stop"``.
+        rank, num_ranks: This process's place among those that share the batches; by default from RANK and WORLD_SIZE, else alone.
+        run: The training's name in the ledger, the same on all ranks; without one a new name is made up.
+        resume: Where to go on with a run that was fed before: a state (`state_dict`), or ``"last"``: behind what all ranks acknowledged.
         slots: Batches in the ring, 2 to 128; by default as many as fit 24 MiB (a cache), 4 to 16.
         timeout_s: How long to wait for a batch, in seconds, before `FeedError`.
+        progress: Show a line with the progress on stderr, if that is a terminal.
         database: A PostgreSQL URL; by default ``CATALOG_DATABASE_URL``, else the embedded database.
+
+    Attributes:
+        run: The run's name.
+        attempt: Which uninterrupted stretch of the run this is, from 1; None as long as a run that was fed before waits for its state.
+        next_epoch: The epoch that the next iterator begins with.
+        num_samples: Samples an epoch, of all ranks together.
+        structures, rank, num_ranks: As above.
 
     Raises:
         FeedError: If the stream cannot be opened; the message says why.
@@ -176,65 +185,159 @@ class Feed:
 
     def __init__(
         self,
+        stream: str | None = None,
         *,
-        structures: Sequence[str] = (),
-        where: str | None = None,
-        limit: int | None = None,
-        include_flagged: bool = False,
-        require: Literal["all", "any"] = "all",
-        batch_size: int = 8,
-        seed: int = 0,
-        shuffle: bool = True,
-        tail: Literal["short", "drop", "pad"] = "short",
-        dtype: str = "float32",
-        on_error: Literal["skip", "blank", "stop"] = "skip",
+        structures: Sequence[str] = _UNSET,
+        where: str | None = _UNSET,
+        limit: int | None = _UNSET,
+        include_flagged: bool = _UNSET,
+        require: Literal["all", "any"] = _UNSET,
+        batch_size: int = _UNSET,
+        seed: int = _UNSET,
+        shuffle: bool = _UNSET,
+        tail: Literal["short", "drop", "pad"] = _UNSET,
+        dtype: str = _UNSET,
+        on_error: Literal["skip", "blank", "stop"] = _UNSET,
+        rank: int | None = None,
+        num_ranks: int | None = None,
         run: str | None = None,
+        resume: Literal["last"] | Mapping[str, Any] | None = None,
         slots: int | None = None,
         timeout_s: float = 60.0,
+        progress: bool = False,
         database: str | None = None,
     ) -> None:
         if isinstance(structures, str):
             raise TypeError(f"structures={structures!r}: must be a list of names, such as [{structures!r}]")
         if sys.platform != "linux":
             raise FeedError("loaderd needs Linux: it feeds through a memfd; the catalog works here all the same")
-        self.structures = tuple(structures)
+        definition = {
+            "structures": structures, "where": where, "limit": limit, "include_flagged": include_flagged, "require": require,
+            "batch_size": batch_size, "seed": seed, "shuffle": shuffle, "tail": tail, "dtype": dtype, "on_error": on_error,
+        }  # fmt: skip
+        self.rank, self.num_ranks = _ranks(rank, num_ranks)
+        state = _state(resume) if isinstance(resume, Mapping) else None
+        if state is not None and run not in (None, state["run"]):
+            raise FeedError(f"run={run!r}, and the state is of run {state['run']!r}; leave run= out to go on with that one")
+        run = state["run"] if state is not None else run
+        if self.num_ranks > 1 and run is None:
+            raise FeedError(f"num_ranks={self.num_ranks}: ranks share one run; pass run=NAME, the same on all of them")
         self.timeout_s = timeout_s
         self._database = database
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may close the feed in the middle of a wait
         self._closed = False  # nothing comes any more
         self._left = False  # and the daemon was told
+        self._last: list[int] | None = None  # epoch and index of the batch that was handed out last
+        self._asked: tuple[int, int] | None = None  # epoch and how many more
+        self._received: tuple[int, int] = (0, 0)  # epoch and step that comes next
+        self._through: dict[int, int] = {}  # epoch → steps before which the trainer is through, of the last two
+        self._progress = Progress() if progress else None
+        self._attach: Message = {
+            "op": "attach", "protocol": PROTOCOL, "version": __version__, "stream": stream,
+            "definition": {name: _plain(value) for name, value in definition.items() if value is not _UNSET},
+            "rank": self.rank, "num_ranks": self.num_ranks, "run": run, "resume": state or resume, "slots": slots,
+            "versions": {"scanfeed": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        }  # fmt: skip
+        self._take(attach.attach(self._attach, database, timeout_s))
+
+    def _take(self, found: attach.Attached) -> None:
+        """Go on with a connection to a daemon that opened the stream."""
+        self._sock, self._path, reply = found.sock, found.path, found.reply
+        # What an earlier daemon's ring still holds is none of this one's slots.
         self._returned = _Returned()
         self._leases = 0
-        self._last: list[int] | None = None  # epoch and index of the batch that was handed out last
-        self._next_epoch = 0
-        definition = {
-            "structures": list(structures), "where": where, "limit": limit, "include_flagged": include_flagged, "require": require,
-            "batch_size": batch_size, "seed": seed, "shuffle": shuffle, "tail": tail, "dtype": dtype, "on_error": on_error,
-        }  # fmt: skip
-        attach = {"op": "attach", "protocol": PROTOCOL, "version": __version__, "definition": definition, "run": run, "slots": slots}
-        self._sock, reply, fd = _attach(attach, database, timeout_s)
         self._poller = select.poll()
         self._poller.register(self._sock, select.POLLIN)
         self._poller.register(self._returned.fd, select.POLLIN)
-        self._ring = Ring(fd, Layout(**reply["layout"]))
-        os.close(fd)
+        self._ring = Ring(found.ring_fd, Layout(**reply["layout"]))
+        os.close(found.ring_fd)
+        self._private: bool = reply["private"]
+        self._digest: str = reply["digest"]
+        self.structures: tuple[str, ...] = tuple(reply["structures"])
         self.run: str = reply["run"]
-        self.num_samples: int = reply["num_samples"]
-        self._steps: int = reply["steps"]
+        self.attempt: int | None = None
+        if not hasattr(self, "next_epoch"):
+            self.next_epoch = 0
+            self.num_samples: int = reply["num_samples"]
+            self._steps: int = reply["steps"]
+        if "attempt" in reply:
+            self._begun(reply)
+
+    def _begun(self, message: Message) -> None:
+        self.run, self.attempt = message["run"], message["attempt"]
+        if self._asked is None:
+            self.next_epoch = message["epoch"]
+            self._received = (message["epoch"], message["step"])
 
     def __len__(self) -> int:
         """Steps (batches) an epoch, as of when the feed was opened or the last epoch began."""
         return self._steps
 
     def epochs(self, count: int) -> Iterator[Batch]:
-        """Return one iterator over the next `count` epochs."""
+        """Return one iterator over the next `count` epochs; the first may be the rest of one (`load_state_dict`)."""
         for more in reversed(range(count)):
             yield from self._run_epoch(more)
 
     def epoch(self) -> Iterator[Batch]:
         """Return an iterator over the next epoch."""
         return self.epochs(1)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epochs(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where to go on: behind the batch that was handed out last. The same on all ranks at the same step, and small.
+
+        Save it with the model, and load it by `load_state_dict` or `resume` in a later process: that goes on with the next batch of the
+        same epoch, in the same order, also with another number of ranks. (As torchdata's StatefulDataLoader does.)
+        """
+        with self._lock:
+            self._begin(None)
+            epoch, step = self._received
+            if self._asked is not None and step >= self._steps:
+                epoch, step = epoch + 1, 0
+            return {"stream": self._digest, "run": self.run, "epoch": epoch, "step": step, "attempt": self.attempt}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called; before the first epoch.
+
+        Raises:
+            FeedError: If the state is of another run or stream, if the ranks' states are of different steps, if the run's last
+                attempt is still fed, or if this feed was iterated already.
+        """
+        wanted = _state(state)
+        with self._lock:
+            self._check()
+            if self._asked is not None:
+                raise FeedError("load_state_dict comes before the first epoch; open a new Feed for it")
+            if self._attach["run"] not in (None, wanted["run"]):
+                raise FeedError(f"the state is of run {wanted['run']!r}, and this feed is of run {self._attach['run']!r}")
+            if wanted["stream"] != self._digest:
+                raise FeedError("the state is of another stream: batch size, seed, structures or selection differ from this feed's")
+            self._attach["run"], self._attach["resume"] = wanted["run"], wanted
+            self.attempt = None
+            self._begin(wanted)
+
+    def _begin(self, state: Mapping[str, Any] | None) -> None:
+        """Open or join the run's attempt, unless that is done."""
+        if self.attempt is not None:
+            return
+        self._check()
+        self.run = self._attach["run"] or self.run
+        self._send({"op": "begin", "run": self.run, "resume": state})
+        deadline = time.monotonic() + self.timeout_s
+        while self.attempt is None:
+            try:
+                message = self._receive(deadline)
+            except _Lost:
+                self._attach_again(deadline)
+                continue
+            if message["op"] == "begun":
+                self._begun(message)
+            elif message["op"] == "error":
+                self._closed = True
+                raise FeedError(message["message"])
 
     def close(self) -> None:
         """Leave the stream; from any thread, as often as you like. A daemon that this process started ends with its last feed.
@@ -248,7 +351,9 @@ class Feed:
         with self._lock, self._sock:
             if not self._left:
                 self._left = True
-                _leave(self._sock)
+                attach.leave(self._sock)
+                if self._progress is not None:
+                    self._progress.close()
 
     def __enter__(self) -> Feed:
         return self
@@ -271,13 +376,20 @@ class Feed:
     def _run_epoch(self, more: int) -> Iterator[Batch]:
         with self._lock:
             self._check()
-            number = self._next_epoch
-            self._next_epoch += 1
+            self._begin(None)
+            number = self.next_epoch
+            self.next_epoch += 1
+            if self._received[0] != number:
+                self._received = (number, 0)
+            self._asked = (number, more)
             self._send({"op": "epoch", "epoch": number, "ahead": more})
         while True:
+            began = time.monotonic()
             batch = self._next(number)
             if batch is None:
                 return
+            if self._progress is not None:
+                self._progress.step(batch.index, len(batch), time.monotonic() - began)
             yield batch
             del batch  # else this frame would keep the slot while the trainer works on the next one
 
@@ -288,7 +400,11 @@ class Feed:
                 self._send({"op": "next"})
             deadline = time.monotonic() + self.timeout_s
             while True:
-                message = self._receive(deadline)
+                try:
+                    message = self._receive(deadline)
+                except _Lost:
+                    self._attach_again(deadline)
+                    continue
                 if message["op"] == "error":
                     self._closed = True
                     raise FeedError(message["message"])
@@ -298,10 +414,28 @@ class Feed:
                     continue
                 if message["op"] == "epoch":
                     self._steps, self.num_samples = message["steps"], message["num_samples"]
+                    if self._progress is not None:
+                        self._progress.begin(number, self._steps)
                 elif message["op"] == "end":
+                    self._received = (number, self._steps)
                     return None
                 elif message["op"] == "batch":
                     return self._batch(message)
+
+    def _attach_again(self, deadline: float) -> None:
+        """The daemon died: go on with another one behind the batch that was handed out last."""
+        began = time.monotonic()
+        self._sock.close()
+        _log.warning("the daemon of this feed (run %s) died; attaching again", self.run)
+        if self.attempt is not None:
+            epoch, more = self._asked or (None, 0)
+            self._attach["again"] = {
+                "attempt": self.attempt, "epoch": epoch, "received": self._received[1], "ahead": more,
+                "acknowledged": [list(pair) for pair in self._through.items()],
+            }  # fmt: skip
+            self._attach["run"] = self.run
+        self._take(attach.again(self._attach, self._database, self._path, deadline, private=self._private))
+        _log.warning("attached again after %.2f s", time.monotonic() - began)
 
     def _batch(self, message: Message) -> Batch:
         slot = self._ring.slot(message["slot"])
@@ -311,6 +445,7 @@ class Feed:
         finalizer = weakref.finalize(slot.base, self._returned.note, message["slot"], message["generation"])
         finalizer.atexit = False
         self._last = [message["epoch"], message["index"]]
+        self._received = (message["epoch"], message["index"] + 1)
         return Batch(self, slot, message, finalizer)
 
     def _receive(self, deadline: float) -> Message:
@@ -326,11 +461,7 @@ class Feed:
                 self._check()  # closed here, by a signal handler
                 message = None
             if message is None:
-                self._closed = True
-                raise FeedError(
-                    f"loaderd ended while it fed this training; its last words are in {default_home() / 'loaderd.log'} "
-                    f"(or in the terminal of `loaderd serve`); open a new Feed to go on"
-                )
+                raise _Lost
             return message
 
     def _wait(self, deadline: float) -> None:
@@ -361,6 +492,8 @@ class Feed:
             message["free"] = free
         if self._last is not None:
             message["ack"] = self._last
+            epoch, index = self._last
+            self._through = {of: step for of, step in self._through.items() if of == epoch - 1} | {epoch: index + 1}
             self._last = None
         try:
             messages.send(self._sock, message)
@@ -405,6 +538,38 @@ def batches(*, epochs: int = 1, **arguments: Any) -> Iterator[tuple[NDArray[Any]
             yield batch.images, batch.masks
 
 
+class _Lost(Exception):
+    """The daemon hung up without a word."""
+
+
+def _ranks(rank: int | None, num_ranks: int | None) -> tuple[int, int]:
+    """Return rank and number of ranks, as given or as launchers such as torchrun say."""
+    if rank is None and num_ranks is None and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        given: tuple[Any, Any] = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        if not (given[0].isdecimal() and given[1].isdecimal()):
+            raise FeedError(f"RANK={given[0]!r} and WORLD_SIZE={given[1]!r}: must be whole numbers; pass rank= and num_ranks=")
+        rank, num_ranks = int(given[0]), int(given[1])
+    rank, num_ranks = rank or 0, 1 if num_ranks is None and not rank else num_ranks
+    if type(num_ranks) is not int or type(rank) is not int or not 0 <= rank < num_ranks <= MAX_RANKS:
+        raise FeedError(f"rank={rank!r}, num_ranks={num_ranks!r}: rank must be from 0 to num_ranks - 1, num_ranks from 1 to {MAX_RANKS}")
+    return rank, num_ranks
+
+
+def _state(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state as the daemon takes it."""
+    try:
+        state = {name: given[name] for name in ("stream", "run", "epoch", "step", "attempt")}
+    except KeyError as error:
+        raise FeedError(f"the state has no {error}; pass what state_dict() of a Feed gave") from None
+    if not isinstance(state["run"], str) or not all(type(state[name]) is int for name in ("epoch", "step", "attempt")):
+        raise FeedError("the state's run must be a name, its epoch, step and attempt whole numbers; pass what state_dict() of a Feed gave")
+    return state
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 class _Returned:
     """The slots whose last view died, and an eventfd that wakes an iterator that waits. Lives as long as any lease."""
 
@@ -432,132 +597,3 @@ class _Returned:
 
     def __del__(self) -> None:
         os.close(self.fd)
-
-
-# ------------------------------------------------------------------------------------------ finding and starting a daemon
-
-
-def _attach(attach: Message, url: str | None, timeout_s: float) -> tuple[socket.socket, Message, int]:
-    """Return the socket, the daemon's answer and the ring's descriptor; starts a private daemon if there is none."""
-    with database.open_database(url, migrate=False) as db:
-        path = messages.socket_path(db.identity())
-        for _ in range(5):  # a private daemon may be ending just now
-            sock = connect(path)
-            if sock is None:
-                with _starting(path):
-                    sock = connect(path)
-                    if sock is None:
-                        _start_private(url)
-                        continue
-            try:
-                messages.send(sock, attach)
-                sock.settimeout(timeout_s)
-                reply, fds = messages.receive_fds(sock)
-            except TimeoutError:
-                sock.close()
-                raise FeedError(
-                    f"loaderd did not open the stream within {timeout_s:g} s; see `loaderd status`, or raise timeout_s="
-                ) from None
-            except OSError:
-                reply, fds = None, []
-            if reply is not None and reply["op"] == "attached":
-                sock.setblocking(False)
-                return sock, reply, fds[0]
-            with sock:
-                if reply is not None:
-                    if reply["ending"]:
-                        _wait_for_end(sock)
-                    raise FeedError(reply["message"])
-    raise FeedError(f"loaderd ends as soon as it starts; its last words are in {default_home() / 'loaderd.log'}")
-
-
-def connect(path: Path) -> socket.socket | None:
-    """Return a connection to the daemon that listens there, None if there is none."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with messages.Address(path) as name:
-            sock.connect(name)
-    except OSError:
-        sock.close()
-        return None
-    return sock
-
-
-class _starting:  # noqa: N801
-    """Only one process at a time starts a daemon; the others then find it."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path.with_suffix(".start"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def _start_private(url: str | None) -> None:
-    """Start a daemon that ends with its last trainer, and wait until it listens.
-
-    By `subprocess`, never by fork: this works from a script without a main guard, from Jupyter, ``-c`` and standard input.
-    """
-    _started[:] = [process for process in _started if process.poll() is None]
-    command, environment = python("-m", "loaderd", "serve", "--private")
-    if url is not None:
-        environment["CATALOG_DATABASE_URL"] = url  # not an argument: it may hold a password, and all users see arguments
-    home = default_home()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (home / "loaderd.log").open("ab") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-        )
-    _started.append(process)
-    assert process.stdout is not None
-    with process.stdout as said:
-        line = said.readline().decode(errors="replace").strip() if _readable(said.fileno(), START_S) else ""
-    if line != "ready":
-        process.kill()
-        process.wait()
-        raise FeedError(line or f"loaderd did not start; its last words are in {home / 'loaderd.log'}")
-
-
-def _leave(sock: socket.socket) -> None:
-    """Say goodbye, and wait for a daemon that ends with this."""
-    try:
-        sock.settimeout(5)
-        messages.send(sock, {"op": "bye"})
-        while (reply := messages.receive(sock)) is not None:
-            if reply["op"] == "bye":
-                if reply["ending"]:
-                    _wait_for_end(sock)
-                return
-    except OSError:
-        pass  # gone already
-
-
-def _wait_for_end(sock: socket.socket) -> None:
-    try:
-        _, _, pidfd = messages.peer_pidfd(sock)
-    except OSError:  # it has ended
-        return
-    _readable(pidfd, 15)
-    os.close(pidfd)
-    _started[:] = [process for process in _started if process.poll() is None]
-
-
-def _readable(fd: int, timeout_s: float) -> bool:
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1000))
-
-
-def status(url: str | None = None) -> Message | None:
-    """Return what the daemon of a database says of itself, None if there is none."""
-    with database.open_database(url, migrate=False) as db:
-        sock = connect(messages.socket_path(db.identity()))
-    if sock is None:
-        return None
-    with sock:
-        sock.settimeout(10)
-        messages.send(sock, {"op": "status"})
-        return messages.receive(sock)

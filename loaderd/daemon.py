@@ -1,14 +1,18 @@
 """The daemon: one loop over its socket, its trainers, its workers and what the database threads post.
 
-It listens on a Unix socket in a folder that only its user can enter, one daemon a database. A lock file beside the socket is held for
-life: whoever gets it knows that a socket left behind belongs to nobody. A trainer that dies is seen by hang-up or by its pidfd,
-whichever comes first; its slots, its stream and its threads go with it.
+It listens on a Unix socket in a folder that only its user can enter (or a group, `--group`), one daemon a database. A lock file beside
+the socket is held for life: whoever gets it knows that a socket left behind belongs to nobody. A trainer that dies is seen by hang-up
+or by its pidfd, whichever comes first; its slots, its stream and its threads go with it.
+
+Whatever a peer sends, it can cost the daemon no more than its share: messages are bounded, a connection that does not attach is
+closed, one process has few of them, and all rings together stay within `--memory`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -16,7 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +30,30 @@ from catalog.errors import CatalogError, UsageError
 from loaderd import messages
 from loaderd.loop import Loop
 from loaderd.messages import PROTOCOL, Message, MessageError
-from loaderd.orders import Definition
-from loaderd.streams import Stream
-from loaderd.supply import Supply
+from loaderd.streams import Stream, check_resume
+from loaderd.supply import Client, Supply
+from loaderd.watch import Watch
 from loaderd.workers import Workers
 
 CONSUMERS = 256  # connections at a time
+OF_ONE_PROCESS = 32  # of these
+HELLO_S = 10  # a connection that asks for nothing in that time is closed
+MESSAGES = 64  # of one peer in a row; then others have their turn
 SLOTS = 128
+TICK_S = 1.0
 IDLE_S = 10  # a private daemon that nobody attached to ends
 LEAVE_S = 10  # for the ledger's last rows when it ends
 
 
 def say(event: str, **details: object) -> None:
-    """Write one line of the log to stderr."""
-    listed = "".join(f" {name}={value}" for name, value in details.items())
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} loaderd[{os.getpid()}] {event}{listed}", file=sys.stderr, flush=True)  # noqa: T201
+    """Write one line of the log to stderr: logfmt, one event a line."""
+    fields = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "event": event, **details}
+    print(" ".join(f"{name}={_quoted(value)}" for name, value in fields.items()), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if not text or any(not one.isprintable() or one in ' "=' for one in text) else text
 
 
 @dataclass(eq=False)
@@ -49,16 +62,29 @@ class Consumer:
 
     sock: socket.socket
     pid: int
+    uid: int
     pidfd: int
     stream: Stream | None = None
-    supply: Supply | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 class Daemon:
     """Serves one database until it is told to end (or, if private, until its last trainer is gone)."""
 
-    def __init__(self, database: Database, path: Path, *, workers: int, private: bool) -> None:
-        self.path, self.private = path, private
+    def __init__(
+        self,
+        database: Database,
+        path: Path,
+        *,
+        workers: int,
+        private: bool = False,
+        memory: int | None = None,
+        group: int | None = None,
+        supervisor: int | None = None,
+    ) -> None:
+        """Listen; `memory` bounds all rings together in bytes, `group` may attach, too, `supervisor` is a pipe that hangs up with it."""
+        self.path, self.private, self.memory, self.group = path, private, memory, group
+        self.supervised = supervisor is not None
         self.database = database
         self.began = time.monotonic()
         self._lock = self._take_lock()
@@ -81,8 +107,15 @@ class Daemon:
         finally:
             os.umask(old)
         self.listening.listen(64)
+        if group is not None:
+            os.chown(path, -1, group)
+            path.chmod(0o660)
         self.listening.setblocking(False)
         self.loop.add(self.listening.fileno(), self._accept)
+        self.revoked: set[int] = set()  # sample ids
+        self._watch = Watch(database, self._seen)
+        if supervisor is not None:
+            self.loop.add(supervisor, lambda: self._orphaned(supervisor))
 
     def _take_lock(self) -> int:
         fd = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -104,13 +137,21 @@ class Daemon:
 
     def serve(self) -> None:
         """Run until SIGTERM or SIGINT, or, if private, until nobody is left."""
+        self._watch.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
-        say("serving", database=self.database.name.replace(" ", "_"), socket=self.path, workers=len(self.workers.workers))
+        say("serving", database=self.database.name, socket=self.path, workers=len(self.workers.workers))
+        ticked = idle = time.monotonic()
         try:
             while not self._stopping:
-                came = self.loop.once(IDLE_S if self.private and not self.consumers else None)
-                if self.private and not self.consumers and (self._attached or not came):
+                self.loop.once(TICK_S)
+                now = time.monotonic()
+                if now - ticked >= TICK_S:
+                    ticked = now
+                    self._tick(now)
+                if self.consumers:
+                    idle = now
+                elif self.private and (self._attached or now - idle > IDLE_S):
                     break
         finally:
             self._leave()
@@ -118,6 +159,35 @@ class Daemon:
     def stop(self) -> None:
         """End the loop; safe from a signal handler."""
         self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+    def _tick(self, now: float) -> None:
+        for consumer in list(self.consumers):
+            if consumer.stream is not None:
+                consumer.stream.flush()
+            elif now - consumer.began > HELLO_S:
+                self._part(consumer, f"nothing was asked for within {HELLO_S} s")
+
+    def _orphaned(self, supervisor: int) -> None:
+        """The supervisor died: feed who is here, then end, since nobody would start this daemon again."""
+        self.loop.remove(supervisor)
+        os.close(supervisor)
+        say("supervisor died; ending with the last trainer")
+        self.private, self.supervised, self._attached = True, False, True
+
+    def _seen(self, revoked: set[int], ended: set[int]) -> None:
+        """From the watching thread: what is revoked now, and which streams were ended."""
+
+        def take() -> None:
+            if revoked != self.revoked:
+                say("revoked", images=len(revoked))
+            self.revoked -= self.revoked - revoked  # the streams hold this very set
+            self.revoked |= revoked
+            for consumer in list(self.consumers):
+                if consumer.stream is not None and consumer.stream.stream_id in ended:
+                    self._part(consumer, f"the stream {consumer.stream.name!r} was ended (loaderd stream end)")
+
+        self._posted.append(take)
         os.eventfd_write(self._wake, 1)
 
     def _leave(self) -> None:
@@ -130,6 +200,7 @@ class Daemon:
         deadline = time.monotonic() + LEAVE_S
         for supply in self._supplies:
             supply.join(max(0.0, deadline - time.monotonic()))
+        self._watch.close()
         self.workers.close()
         self.loop.close()
         os.close(self._lock)
@@ -150,33 +221,29 @@ class Daemon:
         except OSError:  # gone already
             sock.close()
             return
-        if uid not in (os.getuid(), 0) or len(self.consumers) >= CONSUMERS:
-            say("refused", pid=pid, uid=uid, consumers=len(self.consumers))
+        known = uid in (os.getuid(), 0) or (self.group is not None and self.group in messages.peer_groups(sock))
+        its = sum(consumer.pid == pid for consumer in self.consumers)
+        if not known or len(self.consumers) >= CONSUMERS or its >= OF_ONE_PROCESS:
+            say("refused", peer=pid, uid=uid, connections=len(self.consumers), its_own=its)
             os.close(pidfd)
             sock.close()
             return
         sock.setblocking(False)
-        consumer = Consumer(sock, pid, pidfd)
+        consumer = Consumer(sock, pid, uid, pidfd)
         self.consumers.append(consumer)
         self.loop.add(sock.fileno(), lambda: self._hear(consumer))
         self.loop.add(pidfd, lambda: self._part(consumer))
 
     def _hear(self, consumer: Consumer) -> None:
         try:
-            message = messages.receive(consumer.sock)
-            if message is None:
-                self._part(consumer)
-            elif consumer.stream is not None:
-                if message.get("op") == "bye":
-                    self._bye(consumer)
+            for _ in range(MESSAGES):
+                message = messages.receive(consumer.sock)
+                if message is None:
+                    self._part(consumer)
                 else:
-                    consumer.stream.asked(message)
-            elif message.get("op") == "status":
-                self._tell(consumer, self.status())
-            elif message.get("op") == "attach":
-                self._attach(consumer, message)
-            else:
-                raise MessageError("the first message must be attach or status")
+                    self._take(consumer, message)
+                if consumer not in self.consumers:
+                    return
         except BlockingIOError:
             pass
         except OSError:
@@ -186,6 +253,20 @@ class Daemon:
         except Exception as error:  # whatever a peer sends must not end the daemon, which feeds others
             self._part(consumer, f"{type(error).__name__}: {error}; this is a bug in scanfeed")
 
+    def _take(self, consumer: Consumer, message: Message) -> None:
+        op = message.get("op")
+        if consumer.stream is not None:
+            if op == "bye":
+                self._bye(consumer)
+            else:
+                consumer.stream.asked(message)
+        elif op == "status":
+            self._tell(consumer, self.status())
+        elif op == "attach":
+            self._attach(consumer, message)
+        else:
+            raise MessageError("the first message must be attach or status")
+
     def _attach(self, consumer: Consumer, message: Message) -> None:
         self._attached = True
         if message.get("protocol") != PROTOCOL:
@@ -193,31 +274,36 @@ class Daemon:
                 f"this loaderd ({__version__}) speaks protocol {PROTOCOL}, the trainer's scanfeed ({message.get('version')}) "
                 f"protocol {message.get('protocol')}; end it (kill {os.getpid()}) and start it again with the same version"
             )
-        slots, run = message.get("slots"), message.get("run")
-        if slots is not None and not (type(slots) is int and 2 <= slots <= SLOTS):
-            raise UsageError(f"slots={slots!r}: must be a whole number from 2 to {SLOTS}")
-        if not (run is None or (isinstance(run, str) and 0 < len(run) <= 200)):
-            raise UsageError("run must be a name of at most 200 characters")
-        definition = Definition.from_json(message.get("definition"))
+        slots = _checked(message)
+        client = Client(consumer.pid, consumer.uid, message["rank"], message["num_ranks"], message["versions"])
         self._streams += 1
-        supply = Supply(
-            self.database,
-            definition,
-            run=run,
-            consumer=f"{socket.gethostname()}:{consumer.pid}",
-            post=lambda event: self._post(consumer, event),
-        )
+        supply = Supply(self.database, message, client, post=lambda event: self._post(consumer, event))
         self._supplies = [one for one in self._supplies if one.alive] + [supply]
         consumer.stream = Stream(
             self._streams,
-            definition,
             supply,
             self.workers,
             slots=slots,
+            again=message.get("again"),
+            revoked=self.revoked,
+            room=self._room,
             tell=lambda message, fds=(): self._tell(consumer, message, fds),
-            end=lambda reason: self._part(consumer, reason),
+            end=lambda error: self._part(consumer, str(error), getattr(error, "exit_code", 1)),
         )
-        say("attached", pid=consumer.pid, stream=self._streams)
+        say("attached", peer=consumer.pid, stream=self._streams, name=message.get("stream"), run=message.get("run"),
+            rank=client.rank, num_ranks=client.num_ranks, again="again" in message)  # fmt: skip
+
+    def _room(self, size: int) -> None:
+        """Raise CatalogError if another ring of this size would be over the limit."""
+        used = self._ring_bytes()
+        if self.memory is not None and used + size > self.memory:
+            raise CatalogError(
+                f"the ring needs {size / 2**20:.0f} MiB, and of loaderd's {self.memory / 2**20:.0f} MiB (--memory) {used / 2**20:.0f} are "
+                f"in use; pass a smaller batch_size or fewer slots, or end another training"
+            )
+
+    def _ring_bytes(self) -> int:
+        return sum(consumer.stream.ring_bytes for consumer in self.consumers if consumer.stream is not None)
 
     def _post(self, consumer: Consumer, event: Any) -> None:
         """From a supply thread: let the loop take an event."""
@@ -231,6 +317,8 @@ class Daemon:
 
     def _tell(self, consumer: Consumer, message: Message, fds: Sequence[int] = ()) -> None:
         try:
+            if message["op"] == "attached":
+                message["private"] = self.private
             messages.send(consumer.sock, message, fds)
         except BlockingIOError:
             self._part(consumer)  # hundreds of messages unread: it will not read this one either
@@ -244,23 +332,23 @@ class Daemon:
     def _ending(self, without: Consumer | None = None) -> bool:
         return self._stopping or (self.private and all(one is without for one in self.consumers))
 
-    def _part(self, consumer: Consumer, reason: str | None = None) -> None:
+    def _part(self, consumer: Consumer, reason: str | None = None, code: int = 1) -> None:
         """Let go of a connection and of all that belongs to it; with a reason, tell it first."""
         if consumer not in self.consumers:
             return
         self.consumers.remove(consumer)
         if reason is not None:
-            say("refused" if consumer.stream is None else "stream ended", pid=consumer.pid, reason=repr(reason))
+            say("refused" if consumer.stream is None else "stream ended", peer=consumer.pid, reason=reason)
             with contextlib.suppress(OSError, MessageError):
-                messages.send(consumer.sock, {"op": "error", "message": reason, "ending": self._ending()})
+                messages.send(consumer.sock, {"op": "error", "message": reason, "ending": self._ending(), "code": code})
         self.loop.remove(consumer.sock.fileno())
         self.loop.remove(consumer.pidfd)
         consumer.sock.close()
         os.close(consumer.pidfd)
         if consumer.stream is not None:
-            consumer.stream.close()
+            consumer.stream.close(reason)
             if reason is None:
-                say("left", pid=consumer.pid, batches=consumer.stream.counters.batches)
+                say("left", peer=consumer.pid, batches=consumer.stream.counters.batches)
 
     def status(self) -> Message:
         """Return what `loaderd status` shows."""
@@ -272,8 +360,46 @@ class Daemon:
             "database": self.database.name,
             "socket": str(self.path),
             "private": self.private,
+            "supervised": self.supervised,
             "uptime_s": round(time.monotonic() - self.began, 1),
             "workers": [worker.process.pid for worker in self.workers.workers],
             "workers_replaced": self.workers.replaced,
+            "ring_bytes": self._ring_bytes(),
+            "memory_bytes": self.memory,
+            "outage_s": self._outage_s(),
+            "revoked": len(self.revoked),
             "streams": [{"pid": one.pid, **one.stream.status()} for one in self.consumers if one.stream is not None],
         }
+
+    def _outage_s(self) -> float | None:
+        """Return for how long a stream has been without its database."""
+        since = [one.stream.supply.outage_since for one in self.consumers if one.stream is not None]
+        gone = [time.monotonic() - began for began in since if began is not None]
+        return round(max(gone), 1) if gone else None
+
+
+def _checked(message: Message) -> int | None:
+    """Return the slots that an attach message asks for. Raises UsageError for anything in it that cannot be."""
+    slots, run, stream = message.get("slots"), message.get("run"), message.get("stream")
+    if slots is not None and not (type(slots) is int and 2 <= slots <= SLOTS):
+        raise UsageError(f"slots={slots!r}: must be a whole number from 2 to {SLOTS}")
+    if not (run is None or (isinstance(run, str) and 0 < len(run) <= 200)):
+        raise UsageError("run must be a name of at most 200 characters")
+    if not (stream is None or isinstance(stream, str)) or not isinstance(message.get("definition"), dict):
+        raise UsageError("a stream is asked for by its name or its definition")
+    rank, num_ranks, versions = message.get("rank"), message.get("num_ranks"), message.get("versions")
+    if type(rank) is not int or type(num_ranks) is not int or not 0 <= rank < num_ranks <= 2**16:
+        raise UsageError(f"rank={rank!r}, num_ranks={num_ranks!r}: rank must be from 0 to num_ranks - 1")
+    if not isinstance(versions, dict) or not all(isinstance(text, str) and len(text) < 100 for text in versions.values()):
+        raise UsageError("versions must be names and versions")
+    check_resume(run or "none", message.get("resume"))
+    again = message.get("again")
+    if again is not None:
+        numbers = again if isinstance(again, dict) else {}
+        counted = [numbers.get("attempt"), numbers.get("received"), numbers.get("ahead"), numbers.get("epoch") or 0]
+        pairs = numbers.get("acknowledged")
+        if not isinstance(pairs, list) or len(pairs) > 8 or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise UsageError("a trainer that attaches again says what it acknowledged")
+        if run is None or not all(type(number) is int and 0 <= number < 2**31 for number in [*counted, *sum(pairs, [])]):
+            raise UsageError("a trainer that attaches again says its run, attempt, epoch and step")
+    return slots

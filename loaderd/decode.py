@@ -105,6 +105,14 @@ class Decoder:
         unreadable: list[list[Any]] = []
         changed: list[list[Any]] = []
         for number, row in enumerate(rows):
+            if row is None:  # revoked, or left out because it kills workers
+                if self.blank:
+                    self._empty(slot, filled)
+                    slot.sample_ids[filled] = -1
+                    slot.sample_keys[filled] = 0
+                    filled += 1
+                continue
+            slot.header[4] = number
             sample = Sample.parse(row)
             bits = sum(-(-box[2] * box[3] // 8) for box in sample.boxes if box)
             problem = self._read(sample, slot.images[filled], changed)
@@ -126,7 +134,7 @@ class Decoder:
             self._empty(slot, number)
             slot.sample_ids[number] = -1
             slot.sample_keys[number] = 0
-        slot.header[:4] = job["generation"], job["epoch"], job["index"], count
+        slot.header[:5] = job["generation"], job["epoch"], job["index"], count, -1
         report = {
             "op": "done", "stream": job["stream"], "job": job["job"], "count": count, "by_offset": fast, "opened": self.opened - opened,
         }  # fmt: skip

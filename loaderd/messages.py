@@ -18,10 +18,11 @@ from typing import Any
 from catalog.embedded import default_home
 from catalog.errors import CatalogError
 
-PROTOCOL = 1
+PROTOCOL = 2
 LIMIT = 64 << 10  # bytes a message; in the steady state none is over 4 KiB
 FDS_SPACE = socket.CMSG_SPACE(4 * 4)  # for four descriptors
 SO_PEERPIDFD = 77  # since Linux 6.5; Python has no name for it
+SO_PEERGROUPS = 59  # since Linux 4.13
 PATH_LIMIT = 107  # bytes of a socket's address: sun_path less its end
 
 Message = dict[str, Any]
@@ -119,6 +120,13 @@ def peer_pidfd(sock: socket.socket) -> tuple[int, int, int]:
     except OSError:
         pidfd = os.pidfd_open(pid)
     return pid, uid, pidfd
+
+
+def peer_groups(sock: socket.socket) -> set[int]:
+    """Return the groups of the process that connected."""
+    _, _, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * 1024)
+    return {gid, *struct.unpack(f"{len(groups) // 4}i", groups)}
 
 
 class Address:

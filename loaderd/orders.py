@@ -12,6 +12,7 @@ same REPEATABLE READ snapshot as the full sort, so that training starts before t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -22,7 +23,7 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import IsolationLevel, sql
 
-from catalog.database import Database, explain
+from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 
 PART = 1_024  # positions a row of epoch_order
@@ -30,6 +31,8 @@ FIRST = 4 * PART  # taken ahead by a top-N sort; whole parts
 LARGE = 100_000  # samples from which the full sort is worth not waiting for (25 ms)
 SELECT_TIMEOUT_S = 600  # for the selection, which holds a user's SQL
 DTYPES = ("float16", "float32", "float64")
+ORDER_LOCK = 1_554_429  # class of the advisory locks on run.id while an epoch is planned or begun
+PLANNER_LOCK = 1_554_430  # and of those on epoch.id while its order is being stored
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -111,6 +114,8 @@ class Plan:
     num_samples: int
     catalog_changes: int
     stored: int = 0  # positions
+    final: bool = False  # somebody was fed from it
+    foreign: bool = False  # another process stores the rest
     failed: BaseException | None = None
     _grew: threading.Condition = field(default_factory=threading.Condition, repr=False)
 
@@ -134,7 +139,7 @@ def selection(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
     A `where` of the user's stands in it as text: it is checked to be one expression, and the login it runs under cannot write.
     """
     parameters: dict[str, Any] = {"structures": list(definition.structures), "limit": definition.limit}
-    conditions = [sql.SQL("path IS NOT NULL")]
+    conditions = [sql.SQL("path IS NOT NULL AND sample_id NOT IN (SELECT sample_id FROM revoked_image)")]
     if not definition.include_flagged:
         conditions.append(sql.SQL("error_flags = 0"))
     if definition.where is not None:
@@ -203,57 +208,89 @@ def one_shape(found: dict[tuple[int, int], int], definition: Definition) -> tupl
     return next(iter(found))
 
 
+def find(conn: Connection, run_id: int, stream_id: int, epoch: int) -> Plan | None:
+    """Return an epoch that was planned before, with how much of its order is stored."""
+    row = conn.execute(
+        "SELECT e.id, e.epoch, e.num_samples, e.catalog_changes, CASE WHEN e.order_sha256 IS NOT NULL THEN e.num_samples "
+        "ELSE (SELECT coalesce(sum(cardinality(o.sample_ids)), 0) FROM epoch_order o WHERE o.epoch_id = e.id) END::bigint, "
+        "e.started_at IS NOT NULL FROM epoch e WHERE e.run_id = %s AND e.stream_id = %s AND e.epoch = %s",
+        [run_id, stream_id, epoch],
+    ).fetchone()
+    return None if row is None else Plan(*row)
+
+
 class Planner:
-    """Takes and stores the orders of one stream in one run. Used by one thread; holds two connections."""
+    """Takes and stores the orders of one stream in one run. Used by one thread; holds two connections.
+
+    Every rank has one, on any host. The first to come plans an epoch, under an advisory lock, and the others find its order: so they
+    cannot cut the catalog differently. Of a large epoch, whoever plans it holds a second lock until all of it is stored; if that lock
+    is free and the order is not whole, its planner died.
+    """
 
     def __init__(self, database: Database, definition: Definition, run_id: int, stream_id: int) -> None:
         self.database, self.definition = database, definition
         self.run_id, self.stream_id = run_id, stream_id
-        self.reading = database.read_only(timeout_s=SELECT_TIMEOUT_S)
+        self._rest: threading.Thread | None = None
+        self._last: Plan | None = None
+        self.connect()
+
+    def connect(self) -> None:
+        """Open both connections, also anew."""
+        self.reading = self.database.read_only(timeout_s=SELECT_TIMEOUT_S)
         self.reading.isolation_level = IsolationLevel.REPEATABLE_READ
-        self.writing = database.connect(application_name="loaderd order")
+        self.writing = self.database.connect(application_name="loaderd order")
         # An order that is lost in a crash of PostgreSQL is taken again; the reservation that follows waits for the disk for both.
         self.writing.execute("SET synchronous_commit = off")
         self.reading.execute("SET plan_cache_mode = force_generic_plan")  # one plan for all epochs
         self.reading.commit()
         self.writing.commit()
-        self._rest: threading.Thread | None = None
-        self._last: Plan | None = None
 
-    def plan(self, epoch: int, shape: tuple[int, int], expected: int) -> Plan:
-        """Take an epoch's order and store it, all or (of a large one) the first 4,096 positions; the rest follows by a thread.
+    def plan(self, epoch: int, shape: tuple[int, int], expected: int, *, locked: bool = False) -> Plan:
+        """Find an epoch's order, or take it and store it, all or (of a large one) the first 4,096 positions; the rest follows by a thread.
 
-        `expected` is about how many samples there are: it only decides whether the epoch is a large one.
+        `expected` is about how many samples there are: it only decides whether the epoch is a large one. `locked`: the caller holds
+        the run's lock, on another connection.
         """
         if self._rest is not None:
             self._rest.join()  # it has the connections
-        try:
-            self.reading.rollback()
-            self.writing.rollback()
-            changes = _one(self.reading, "SELECT count(*) FROM catalog_change")
-            if self._last is not None and (self._last.catalog_changes != changes or self._last.epoch == epoch or self.definition.where):
-                self._last = None
-            self.writing.execute(
-                "DELETE FROM epoch WHERE run_id = %s AND stream_id = %s AND epoch = %s AND started_at IS NULL",
-                [self.run_id, self.stream_id, epoch],
-            )
-            if expected < LARGE:
-                parts = list(self._parts(epoch, shape))
-                plan = self._insert_epoch(epoch, sum(len(part.samples) for part in parts), changes)
-                self._store(plan, parts)
+            self._rest = None
+        if self.reading.closed or self.writing.closed:
+            self.close()
+            self.connect()
+        self.reading.rollback()
+        self.writing.rollback()
+        if not locked:
+            self.writing.execute("SELECT pg_advisory_xact_lock(%s, %s::integer)", [ORDER_LOCK, self.run_id])
+        changes = _one(self.reading, "SELECT count(*) FROM catalog_change")
+        found = find(self.writing, self.run_id, self.stream_id, epoch)
+        if found is not None:
+            if found.stored < found.num_samples and not self._being_stored(found):
+                if found.final:
+                    return self._complete(found, shape, changes)
+            elif found.final or found.catalog_changes == changes:
+                found.foreign = found.stored < found.num_samples
+                self.writing.rollback()
                 self.reading.rollback()
-                self._last = plan
-                return plan
-            num_samples = self._last.num_samples if self._last is not None else sum(shapes(self.reading, self.definition).values())
-            plan = self._insert_epoch(epoch, num_samples, changes)
-            for part in self._parts(epoch, shape, first=FIRST):
-                self._insert(plan, part)
-            self.writing.commit()
-            plan.grew(min(FIRST, plan.num_samples))
-        except psycopg.Error as error:
-            raise explain(error, self.database) from error
-        self._rest = threading.Thread(target=self._store_rest, args=(plan, shape), name="order", daemon=True)
-        self._rest.start()
+                if not found.foreign:
+                    self._last = found
+                return found
+            self._forget(found)
+        self._last = None if self.definition.where else self._usable(self._last, changes) or self._usable(self._newest(), changes)
+        if expected < LARGE:
+            parts = list(self._parts(epoch, shape))
+            plan = self._insert_epoch(epoch, sum(len(part.samples) for part in parts), changes)
+            self._store(plan, parts)
+            self.reading.rollback()
+            self._last = plan
+            return plan
+        num_samples = self._last.num_samples if self._last is not None else sum(shapes(self.reading, self.definition).values())
+        plan = self._insert_epoch(epoch, num_samples, changes)
+        self.writing.execute("SELECT pg_advisory_lock(%s, %s::integer)", [PLANNER_LOCK, plan.epoch_id])
+        for part in self._parts(epoch, shape, first=FIRST):
+            self._insert(plan, part)
+        self.writing.commit()
+        plan.grew(min(FIRST, plan.num_samples))
+        self._store_behind(plan, shape)
         return plan
 
     def close(self) -> None:
@@ -261,13 +298,66 @@ class Planner:
         self.reading.close()
         self.writing.close()
 
+    def _newest(self) -> Plan | None:
+        """Return the whole order of this stream that was planned last, in whatever run: what it fed need not be selected again."""
+        row = self.writing.execute(
+            "SELECT id, epoch, num_samples, catalog_changes FROM epoch WHERE stream_id = %s AND order_sha256 IS NOT NULL "
+            "AND pruned_at IS NULL ORDER BY id DESC LIMIT 1",
+            [self.stream_id],
+        ).fetchone()
+        return None if row is None else Plan(*row)
+
+    def _usable(self, plan: Plan | None, changes: int) -> Plan | None:
+        """Return an earlier order if the catalog is as it was and nobody deleted it."""
+        if plan is None or plan.catalog_changes != changes:
+            return None
+        there = "SELECT count(*) FROM epoch WHERE id = %s AND order_sha256 IS NOT NULL AND pruned_at IS NULL"
+        return plan if _one(self.reading, there, [plan.epoch_id]) else None
+
+    def _being_stored(self, plan: Plan) -> bool:
+        lock = "SELECT pg_try_advisory_xact_lock(%s, %s::integer)"
+        row = self.writing.execute(lock, [PLANNER_LOCK, plan.epoch_id]).fetchone()
+        return row is None or not row[0]
+
+    def _forget(self, plan: Plan) -> None:
+        """Delete an order that nobody was fed from, with what was reserved of it ahead."""
+        self.writing.execute(
+            "DELETE FROM ledger WHERE epoch_id = (SELECT id FROM epoch WHERE id = %s AND started_at IS NULL)", [plan.epoch_id]
+        )
+        self.writing.execute("DELETE FROM epoch WHERE id = %s AND started_at IS NULL", [plan.epoch_id])
+        if self._last is not None and self._last.epoch_id == plan.epoch_id:
+            self._last = None
+
+    def _complete(self, plan: Plan, shape: tuple[int, int], changes: int) -> Plan:
+        """Go on where a planner died behind the first positions, which somebody was fed."""
+        self._last = None
+        if plan.catalog_changes != changes:
+            raise CatalogError(
+                f"epoch {plan.epoch}: its order was cut off by a crash and the catalog changed since, so its rest is unknown; "
+                f"set epoch {plan.epoch + 1} and step 0 in the state to go on behind it, or choose another run"
+            )
+        self.writing.execute("SELECT pg_advisory_lock(%s, %s::integer)", [PLANNER_LOCK, plan.epoch_id])
+        self.writing.commit()
+        self._store_behind(plan, shape)
+        return plan
+
+    def _store_behind(self, plan: Plan, shape: tuple[int, int]) -> None:
+        self._rest = threading.Thread(target=self._store_rest, args=(plan, shape), name="order", daemon=True)
+        self._rest.start()
+
     def _store_rest(self, plan: Plan, shape: tuple[int, int]) -> None:
         try:
             self._store(plan, self._parts(plan.epoch, shape))
+            self.writing.execute("SELECT pg_advisory_unlock(%s, %s::integer)", [PLANNER_LOCK, plan.epoch_id])
+            self.writing.commit()
             self.reading.rollback()
             self._last = plan
         except BaseException as error:
             plan.grew(plan.stored, error)
+            with contextlib.suppress(psycopg.Error):
+                self.writing.rollback()
+                self.writing.execute("SELECT pg_advisory_unlock_all()")
+                self.writing.commit()
 
     def _store(self, plan: Plan, parts: Iterable[Part]) -> None:
         digest = hashlib.sha256()

@@ -6,72 +6,96 @@ far as the slots reach; a full ring waits. The next epoch's order is taken ahead
 first batches are decoded ahead too; but it is announced only when the trainer asks for it, and if the catalog changed until then,
 it is planned again.
 
+Everything is counted in steps of this rank; which positions they are is arithmetic (`shares.Share`). A sample that was revoked is a
+hole: a batch that holds one is decoded again without it, up to its announcement.
+
 All of this runs in the daemon's loop and never waits. What the database has to do goes through `Supply`.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
 from catalog.errors import CatalogError
 from loaderd import decode, ring
-from loaderd.ledger import Span
 from loaderd.messages import Message, MessageError
 from loaderd.orders import Definition, Plan
-from loaderd.supply import CHUNK, Event, Failed, Fetched, Opened, Planned, Started, Supply
+from loaderd.shares import Share, Span, without
+from loaderd.supply import CHUNK, Begun, Event, Failed, Fetched, Opened, Planned, Started, Supply
 from loaderd.workers import Workers
 
 FETCHED_AHEAD = 2 * CHUNK  # positions; a crash reports at most these and one chunk more as delivered than were
+DEADLY = 2  # workers that a sample may kill until it is left out
 UNREADABLE_SHARE = 0.01  # of an epoch; beyond it the storage is at fault, not single files
 
 
 @dataclass(eq=False)
 class Chunk:
-    """Fetched work for some batches; `ledger_id` once it is reserved."""
+    """Fetched work for some steps; `ledger_id` once it is reserved."""
 
-    span: Span
+    steps: Span
     work: list[tuple[bytes, bytes]]
+    samples: list[int]
     ledger_id: int | None
+    taken: int = 0  # positions that are in batches
+    holes: list[int] = field(default_factory=list)  # positions of announced batches that have another outcome
+    settled_to: int = 0  # steps of which the ledger knows that they are acknowledged
 
 
 @dataclass(eq=False)
 class Batch:
-    """One batch on its way; `report` is the worker's, once it is decoded."""
+    """One batch on its way; `report` is the worker's, once it is decoded. `revoked`: places in it that are left out."""
 
     epoch: Epoch
     index: int
     span: Span
     chunk: Chunk
+    at: int  # in the chunk's work
     slot: int
     generation: int
+    revoked: frozenset[int] = frozenset()
+    killers: frozenset[int] = frozenset()  # places that are left out because they killed workers
+    deaths: dict[int, int] = field(default_factory=dict)  # place → workers that died on it
     report: Message | None = None
+
+    @property
+    def samples(self) -> list[int]:
+        """Sample ids, revoked or not."""
+        return self.chunk.samples[self.at : self.at + self.span[1] - self.span[0]]
 
 
 @dataclass(eq=False)
 class Epoch:
-    """One pass. Positions up to `fetched_to` are here or through, up to `announced_to` announced, up to `acknowledged_to` used."""
+    """One pass. Steps before `fetched_to` are here or through, before `announced_to` announced, before `acknowledged_to` used."""
 
     number: int
     plan: Plan | None = None
+    share: Share | None = None
     asked: bool = False  # by the trainer
     begun: bool = False  # the database was asked to make it final
     started: bool = False  # it is final
     ended: bool = False  # and all of it was announced
     dropped: bool = False  # the trainer went on, or the catalog moved
     fetching: bool = False
+    first: int = 0  # the step at which this daemon begins in it
     fetched_to: int = 0
+    next_batch: int = 0  # to be dispatched
     announced_to: int = 0
     acknowledged_to: int = 0
-    next_batch: int = 0  # to be dispatched
-    next_announced: int = 0
     chunks: deque[Chunk] = field(default_factory=deque)  # not settled yet
     waiting: deque[Chunk] = field(default_factory=deque)  # of these, with batches that have no slot yet
     batches: dict[int, Batch] = field(default_factory=dict)
     unreadable: int = 0
+
+    def begin_at(self, step: int) -> None:
+        """Leave out the steps before this one: another attempt made them, or another daemon."""
+        self.first = self.fetched_to = self.next_batch = self.announced_to = self.acknowledged_to = step
 
 
 @dataclass
@@ -80,10 +104,12 @@ class Counters:
 
     batches: int = 0
     samples: int = 0
+    bytes: int = 0
     decoded: int = 0
     by_offset: int = 0
     opened: int = 0
     unreadable: int = 0
+    revoked: int = 0
 
 
 class Stream:
@@ -92,50 +118,59 @@ class Stream:
     def __init__(
         self,
         number: int,
-        definition: Definition,
         supply: Supply,
         workers: Workers,
         *,
         slots: int | None,
+        again: Message | None,
+        revoked: AbstractSet[int],
+        room: Callable[[int], None],
         tell: Callable[..., None],
-        end: Callable[[str], None],
+        end: Callable[[CatalogError | str], None],
     ) -> None:
-        self.number, self.definition, self.supply, self.workers = number, definition, supply, workers
+        self.number, self.supply, self.workers = number, supply, workers
         self.counters = Counters()
+        self.seconds = {"trainer": 0.0, "decode": 0.0, "database": 0.0}
+        self.definition: Definition | None = None
         self.layout: ring.Layout | None = None
+        self.name: str | None = None
+        self.stream_id = 0
         self.run = ""
-        self._slots = slots
+        self._slots, self._again, self._revoked, self._room = slots, again, revoked, room
         self._tell, self._end = tell, end
         self._ring_fd = self._work_fd = -1
         self._free: deque[int] = deque()
         self._generation: list[int] = []
         self._leased: dict[int, int] = {}  # slot → generation that the trainer holds
         self._decoding = 0
+        self._killers: set[int] = set()  # samples
         self._epochs: deque[Epoch] = deque()
         self._ahead = 0  # epochs that the trainer wants after the one it asked for
         self._closed = False
+        self._since = time.monotonic()
+        self._waits_for = "trainer"
+        self.attached = time.monotonic()
 
     # ------------------------------------------------------------------ from the database
 
     def heard(self, event: Event) -> None:
         """Take what the supply thread posts."""
         if isinstance(event, Failed):
-            self._end(str(event.error))
+            self._end(event.error)
         elif not self._closed:
             try:
                 self._take(event)
                 self._pump()
             except CatalogError as error:
-                self._end(str(error))
+                self._end(error)
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Opened):
             self._open(event)
+        elif isinstance(event, Begun):
+            self._enter(event)
         elif isinstance(event, Planned):
-            epoch = self._find(event.plan.epoch)
-            if epoch is not None:
-                epoch.plan = event.plan
-                self._begin(epoch)
+            self._planned(event.plan)
         elif isinstance(event, Started):
             epoch = self._find(event.plan.epoch)
             if epoch is None or epoch.plan is None:  # the trainer went on meanwhile
@@ -143,14 +178,13 @@ class Stream:
                     self.supply.settle(event.ledger_id, [], [])
                 return
             if epoch.plan.epoch_id != event.plan.epoch_id:  # the catalog moved: nothing that was prepared holds
-                self._drop(epoch)
-                epoch = Epoch(event.plan.epoch, plan=event.plan, asked=True, begun=True)
-                self._epochs.appendleft(epoch)
+                epoch = self._replace(epoch, event.plan)
+                epoch.begun = True
             elif epoch.chunks and event.ledger_id is not None:
                 epoch.chunks[0].ledger_id = event.ledger_id
             epoch.started = True
-            plan = event.plan
-            self._tell({"op": "epoch", "epoch": plan.epoch, "steps": self._steps(plan), "num_samples": plan.num_samples})
+            share = self._share(epoch)
+            self._tell({"op": "epoch", "epoch": epoch.number, "steps": share.steps, "num_samples": event.plan.num_samples})
         elif isinstance(event, Fetched):
             epoch = self._find(event.plan.epoch)
             if epoch is None or epoch.plan is None or epoch.plan.epoch_id != event.plan.epoch_id:
@@ -158,15 +192,15 @@ class Stream:
                     self.supply.settle(event.ledger_id, [], [])
                 return
             epoch.fetching = False
-            chunk = Chunk(event.span, event.work, event.ledger_id)
+            chunk = Chunk(event.steps, event.work, event.samples, event.ledger_id, settled_to=event.steps[0])
             epoch.chunks.append(chunk)
             epoch.waiting.append(chunk)
             self._begin(epoch)
 
     def _open(self, opened: Opened) -> None:
-        definition = self.definition
-        self.run = opened.run
-        self.layout = ring.layout_for(
+        definition = self.definition = opened.definition
+        self.run, self.name, self.stream_id = opened.run, opened.name, opened.stream_id
+        layout = ring.layout_for(
             batch_size=definition.batch_size,
             structures=len(definition.structures),
             rows=opened.rows,
@@ -174,30 +208,79 @@ class Stream:
             dtype=definition.dtype,
             slots=self._slots,
         )
-        self._ring_fd = ring.create(self.layout)
+        self._room(layout.size)
+        self._ring_fd = ring.create(layout)
+        self.layout = layout
         self._work_fd = os.memfd_create("loaderd-work", os.MFD_CLOEXEC)
         self._free.extend(range(self.layout.slots))
         self._generation = [0] * self.layout.slots
         opening = {"layout": self.layout.to_json(), "blank": definition.on_error == "blank"}
         self.workers.open(self.number, opening, (self._ring_fd, self._work_fd))
+        share = Share(
+            opened.num_samples, definition.batch_size, self.supply.client.rank, self.supply.client.num_ranks, definition.tail
+        )
+        answer = {
+            "op": "attached",
+            "layout": self.layout.to_json(),
+            "structures": list(definition.structures),
+            "digest": definition.digest().hex(),
+            "run": opened.run,
+            "num_samples": opened.num_samples,
+            "steps": share.steps,
+            "batch_size": definition.batch_size,
+        }
+        if opened.attempt is not None:
+            answer |= _where(opened)
         with ring.read_only(self._ring_fd) as fd:
-            self._tell(
-                {
-                    "op": "attached",
-                    "layout": self.layout.to_json(),
-                    "run": opened.run,
-                    "num_samples": opened.num_samples,
-                    "steps": self._steps_of(opened.num_samples),
-                },
-                (fd,),
-            )
-        self._prepare(0)
+            self._tell(answer, (fd,))
+        if opened.attempt is None:
+            return
+        if self._again is None or self._again["epoch"] is None:
+            self._prepare(opened.attempt.epoch)
+        else:
+            self._ahead = self._again["ahead"]
+            self._prepare(self._again["epoch"]).asked = True
+
+    def _enter(self, begun: Begun) -> None:
+        for epoch in list(self._epochs):
+            self._drop(epoch)
+        self.run = begun.attempt.run
+        self._tell({"op": "begun", **_where(begun)})
+        self._prepare(begun.attempt.epoch)
+
+    def _planned(self, plan: Plan) -> None:
+        epoch = self._find(plan.epoch)
+        if epoch is None:
+            return
+        if epoch.plan is None:
+            epoch.plan, epoch.share = plan, self.supply.share(plan)
+            received = self._again["received"] if self._again and self._again["epoch"] == plan.epoch else 0
+            epoch.begin_at(min(max(epoch.share.first_step, received), epoch.share.steps))
+        elif epoch.plan.epoch_id != plan.epoch_id:  # what was prepared is lost: another rank planned again, or PostgreSQL crashed
+            if epoch.announced_to > epoch.first:
+                raise CatalogError(f"epoch {plan.epoch}: its order was replaced while it was fed; see `loaderd audit`")
+            epoch = self._replace(epoch, plan)
+        else:  # the same order, whose rest is being stored anew
+            epoch.plan, epoch.fetching = plan, False
+            epoch.fetched_to = epoch.chunks[-1].steps[1] if epoch.chunks else epoch.next_batch
+        self._begin(epoch)
+
+    def _replace(self, epoch: Epoch, plan: Plan) -> Epoch:
+        """Begin an epoch again on another order; nothing of the first one was announced."""
+        at = self._epochs.index(epoch)
+        self._drop(epoch)
+        share = self.supply.share(plan)
+        fresh = Epoch(plan.epoch, plan=plan, share=share, asked=epoch.asked)
+        fresh.begin_at(min(max(share.first_step, epoch.first), share.steps))
+        self._epochs.insert(at, fresh)
+        return fresh
 
     # ------------------------------------------------------------------ from the trainer
 
     def asked(self, message: Message) -> None:
         """Take a message of the trainer's. Raises MessageError if it is none."""
-        if message.get("op") != "next":  # which the protocol's own layer checked
+        op = message.get("op")
+        if op != "next":  # which the protocol's own layer checked
             _check_pairs(message)
         for slot, generation in message.get("free", ()):
             if self._leased.get(slot) == generation:  # anything else was released before
@@ -206,12 +289,18 @@ class Stream:
         ack = message.get("ack")
         if ack is not None:
             self._acknowledge(ack[0], ack[1])
-        if message.get("op") == "epoch":
+        if op == "begin":
+            if any(epoch.asked for epoch in self._epochs):
+                raise MessageError("a state comes too late: an epoch was asked for already")
+            self.supply.begin_attempt(*check_resume(message.get("run"), message.get("resume")))
+        elif op == "epoch":
             self._ask(message["epoch"], message["ahead"])
         self._pump()
 
     def _ask(self, number: int, ahead: int) -> None:
-        self._ahead = max(0, ahead)
+        if self.layout is None or not hasattr(self.supply, "attempt"):
+            raise MessageError("an epoch was asked for before the run was begun")
+        self._ahead = ahead
         while self._epochs and self._epochs[0].number < number:
             self._drop(self._epochs[0])
         epoch = self._find(number)
@@ -228,16 +317,29 @@ class Stream:
         epoch = self._find(number)
         if epoch is None or epoch.plan is None:
             return
-        end = min((index + 1) * self.definition.batch_size, epoch.plan.num_samples)
-        epoch.acknowledged_to = max(epoch.acknowledged_to, min(end, epoch.announced_to))
-        while epoch.chunks and epoch.chunks[0].span[1] <= epoch.acknowledged_to:
+        epoch.acknowledged_to = max(epoch.acknowledged_to, min(index + 1, epoch.announced_to))
+        while epoch.chunks and epoch.chunks[0].steps[1] <= epoch.acknowledged_to:
             self._settle(epoch, epoch.chunks.popleft())
+
+    def flush(self) -> None:
+        """Write what was acknowledged of reservations that are not through yet; the daemon calls it about once a second."""
+        if self._closed or self.supply.outage_since is not None:
+            return
+        for epoch in self._epochs:
+            for chunk in epoch.chunks:
+                upto = min(epoch.acknowledged_to, chunk.steps[1])
+                if chunk.ledger_id is not None and upto > chunk.settled_to:
+                    chunk.settled_to = upto
+                    self.supply.settle(
+                        chunk.ledger_id, self._spans(epoch, chunk, chunk.steps[1]), self._spans(epoch, chunk, upto)
+                    )
 
     # ------------------------------------------------------------------ moving batches
 
     def _pump(self) -> None:
         if self._closed or self.layout is None:
             return
+        self._account()
         self._announce()
         for epoch in list(self._epochs):
             if epoch.plan is None or not (epoch.asked or self._ahead):
@@ -250,6 +352,7 @@ class Stream:
                 self._prepare(epoch.number + 1)
             if not self._all_fetched(epoch):
                 break
+        self._waits_for = self._bottleneck()
 
     def _prepare(self, number: int) -> Epoch:
         epoch = Epoch(number)
@@ -261,42 +364,48 @@ class Stream:
         """Have an epoch made final once it is asked for and planned; what was fetched ahead is reserved with it."""
         if epoch.asked and epoch.plan is not None and not epoch.fetching and not epoch.begun:
             epoch.begun = True
-            self.supply.begin(epoch.plan, epoch.chunks[0].span if epoch.chunks else None)
+            self.supply.begin(epoch.plan, epoch.chunks[0].steps if epoch.chunks else None)
 
     def _fetch(self, epoch: Epoch) -> None:
-        """Have the next positions fetched while less waits here than the ring and two chunks hold."""
+        """Have the next steps fetched while less waits here than the ring and two chunks hold."""
         if epoch.fetching or self._all_fetched(epoch) or self.layout is None or epoch.plan is None:
             return
-        if not epoch.started and (epoch.fetched_to or epoch.asked):
+        if not epoch.started and (epoch.fetched_to > epoch.first or epoch.asked):
             return  # before it is final one chunk is enough; while it becomes final a new one would miss its reservation
-        size = self.definition.batch_size
-        if epoch.fetched_to - epoch.next_batch * size > max(self.layout.slots * size, FETCHED_AHEAD):
+        share, size = self._share(epoch), self.layout.batch_size
+        if (epoch.fetched_to - epoch.next_batch) * size > max(self.layout.slots * size, FETCHED_AHEAD):
             return
         first = epoch.fetched_to
-        epoch.fetched_to = min(first + max(1, CHUNK // size) * size, self._end_of(epoch.plan))
+        epoch.fetched_to = min(first + max(1, CHUNK // size), share.steps)
         epoch.fetching = True
         self.supply.fetch(epoch.plan, (first, epoch.fetched_to), reserve=epoch.started)
 
     def _dispatch(self, epoch: Epoch) -> None:
-        assert epoch.plan is not None
-        size, end = self.definition.batch_size, self._end_of(epoch.plan)
+        share = self._share(epoch)
         while self._free and epoch.waiting:
             chunk, index = epoch.waiting[0], epoch.next_batch
             epoch.next_batch += 1
-            span = (index * size, min((index + 1) * size, end))
-            if span[1] == chunk.span[1]:
+            span = share.span(index)
+            at = chunk.taken
+            chunk.taken += span[1] - span[0]
+            if index + 1 == chunk.steps[1]:
                 epoch.waiting.popleft()
             slot = self._free.popleft()
-            self._generation[slot] += 1
-            batch = Batch(epoch, index, span, chunk, slot, self._generation[slot])
+            batch = Batch(epoch, index, span, chunk, at, slot, 0)
             epoch.batches[index] = batch
             self._submit(batch)
 
     def _submit(self, batch: Batch) -> None:
-        first = batch.chunk.span[0]
-        work = batch.chunk.work[batch.span[0] - first : batch.span[1] - first]
-        rows = b"[" + b",".join(row for row, _ in work) + b"]"
-        record = b"".join([rows, *(bits for _, bits in work)])
+        assert self.definition is not None
+        self._generation[batch.slot] += 1
+        batch.generation = self._generation[batch.slot]
+        batch.report = None
+        batch.revoked = self._places(batch, self._revoked)
+        batch.killers = self._places(batch, self._killers) - batch.revoked
+        holes = batch.revoked | batch.killers
+        work = batch.chunk.work[batch.at : batch.at + batch.span[1] - batch.span[0]]
+        rows = b"[" + b",".join(b"null" if at in holes else row for at, (row, _) in enumerate(work)) + b"]"
+        record = b"".join([rows, *(bits for at, (_, bits) in enumerate(work) if at not in holes)])
         if os.pwrite(self._work_fd, record, batch.slot * decode.WORK_STRIDE) != len(record):
             raise CatalogError(f"no memory for the work of a batch ({len(record)} bytes)")
         self._decoding += 1
@@ -311,7 +420,12 @@ class Stream:
                 "pad": int(self.definition.tail == "pad"),
             },
             lambda report: self._decoded(batch, report),
+            lambda: self._died(batch),
         )
+
+    def _places(self, batch: Batch, samples: AbstractSet[int]) -> frozenset[int]:
+        """Return which places of a batch hold one of these samples."""
+        return frozenset(at for at, sample in enumerate(batch.samples) if sample in samples) if samples else frozenset()
 
     def _decoded(self, batch: Batch, report: Message | None) -> None:
         self._decoding -= 1
@@ -323,7 +437,7 @@ class Stream:
             self._end(f"epoch {batch.epoch.number}, batch {batch.index}: decoding it killed several workers; see the log")
             return
         unreadable = report.get("unreadable", [])
-        self.counters.decoded += batch.span[1] - batch.span[0] - len(unreadable)
+        self.counters.decoded += len(batch.samples) - len(unreadable) - len(batch.revoked) - len(batch.killers)
         self.counters.by_offset += report["by_offset"]
         self.counters.opened += report["opened"]
         for sample_id, root, path, size, mtime_ns, offset in report.get("changed", []):
@@ -336,10 +450,33 @@ class Stream:
                 self._could_not_read(batch, unreadable)
         self._pump()
 
+    def _died(self, batch: Batch) -> bool:
+        """A worker died on this batch. False: it is decoded without the sample that it died on, since that killed one before."""
+        assert self.layout is not None
+        if self._closed or batch.epoch.dropped:
+            return True
+        at = batch.slot * self.layout.stride + ring.WORKING_AT
+        place = int.from_bytes(os.pread(self._ring_fd, 8, at), "little", signed=True)
+        os.pwrite(self._ring_fd, b"\xff" * 8, at)  # the next one may die before it begins
+        if place < 0:
+            return True
+        batch.deaths[place] = batch.deaths.get(place, 0) + 1
+        if batch.deaths[place] < DEADLY or place >= len(batch.samples):
+            return True
+        self._decoding -= 1
+        self._killers.add(batch.samples[place])
+        self._could_not_read(batch, [[place, batch.samples[place], "kills-worker", f"{DEADLY} decode workers died on it"]])
+        if self._closed:
+            if not self._decoding:
+                self._release_memory()
+        else:
+            self._submit(batch)
+        return False
+
     def _could_not_read(self, batch: Batch, unreadable: list[list[Any]]) -> None:
         """Flag what could not be read, or end the stream where that is not the files' fault."""
         epoch, plan = batch.epoch, batch.epoch.plan
-        assert plan is not None
+        assert plan is not None and self.definition is not None
         where = f"epoch {epoch.number}, batch {batch.index}"
         for _, sample_id, code, message in unreadable:
             if code == "root-missing":
@@ -355,28 +492,46 @@ class Stream:
             return
         for _, sample_id, code, message in unreadable:
             self.supply.flag(sample_id, code, message)
-        self.supply.note(plan, "unreadable", [(batch.span[0] + at, batch.span[0] + at + 1) for at, *_ in unreadable])
         if self.definition.on_error == "stop":
+            self._note(batch, "unreadable", [at for at, *_ in unreadable])
             self._end(f"{where}: sample {unreadable[0][1]} could not be read: {unreadable[0][3]}; it is flagged (on_error='stop')")
+
+    def _note(self, batch: Batch, outcome: str, places: list[int]) -> None:
+        """Say that some positions of a reserved batch were not delivered."""
+        epoch, chunk = batch.epoch, batch.chunk
+        if epoch.plan is None or chunk.ledger_id is None:
+            return
+        positions = [batch.span[0] + at for at in sorted(places)]
+        chunk.holes += positions
+        self.supply.note(epoch.plan, chunk.ledger_id, outcome, [(position, position + 1) for position in positions])
 
     def _announce(self) -> None:
         while self._epochs and self._epochs[0].started:
             epoch = self._epochs[0]
-            assert epoch.plan is not None
-            batch = epoch.batches.get(epoch.next_announced)
+            assert epoch.plan is not None and self.layout is not None
+            batch = epoch.batches.get(epoch.announced_to)
             if batch is not None:
                 if batch.report is None or batch.chunk.ledger_id is None:
                     return
+                if self._revoked and self._places(batch, self._revoked) != batch.revoked:  # since it was decoded
+                    self._submit(batch)
+                    return
                 del epoch.batches[batch.index]
-                epoch.next_announced += 1
-                epoch.announced_to = batch.span[1]
+                epoch.announced_to += 1
+                unreadable = [*batch.killers, *(at for at, *_ in batch.report.get("unreadable", []))]
+                if unreadable:
+                    self._note(batch, "unreadable", unreadable)
+                if batch.revoked:
+                    self._note(batch, "revoked", list(batch.revoked))
+                    self.counters.revoked += len(batch.revoked)
                 count = batch.report["count"]
                 if not count:  # nothing in it could be read
                     self._free.append(batch.slot)
                     continue
                 self._leased[batch.slot] = batch.generation
                 self.counters.batches += 1
-                self.counters.samples += batch.span[1] - batch.span[0] - len(batch.report.get("unreadable", []))
+                self.counters.samples += len(batch.samples) - len(unreadable) - len(batch.revoked)
+                self.counters.bytes += count * (self.layout.image_bytes + self.layout.structures * self.layout.rows * self.layout.columns)
                 self._tell(
                     {
                         "op": "batch",
@@ -388,12 +543,14 @@ class Stream:
                     }
                 )
                 continue
-            if epoch.next_announced < self._steps(epoch.plan):
+            share = self._share(epoch)
+            if epoch.announced_to < share.steps:
                 return
             if not epoch.ended:
                 epoch.ended = True
-                if self._end_of(epoch.plan) < epoch.plan.num_samples:
-                    self.supply.note(epoch.plan, "dropped", [(self._end_of(epoch.plan), epoch.plan.num_samples)])
+                # What nobody gets is said once, by rank 0.
+                nobody = [(share.end, share.num_samples)] if share.rank == 0 and share.end < share.num_samples else []
+                self.supply.finish(epoch.plan, nobody)
                 self._tell({"op": "end", "epoch": epoch.number})
             return
 
@@ -406,31 +563,57 @@ class Stream:
                 self._free.append(batch.slot)
         for chunk in epoch.chunks:
             self._settle(epoch, chunk)
+        if epoch.started and not epoch.ended:
+            share = self._share(epoch)
+            assert epoch.plan is not None
+            if self._closed:
+                self.supply.reserved(share.begins(epoch.announced_to))
+            else:  # it went on
+                rest = share.spans(epoch.announced_to, share.steps)
+                nobody = [(share.end, share.num_samples)] if share.rank == 0 and share.end < share.num_samples else []
+                self.supply.finish(epoch.plan, rest + nobody)
         epoch.chunks.clear()
         epoch.waiting.clear()
         epoch.batches.clear()
 
     def _settle(self, epoch: Epoch, chunk: Chunk) -> None:
-        if chunk.ledger_id is None:
-            return
-        first, end = chunk.span
-        announced, acknowledged = min(end, epoch.announced_to), min(end, epoch.acknowledged_to)
-        self.supply.settle(
-            chunk.ledger_id,
-            [(first, announced)] if announced > first else [],
-            [(first, acknowledged)] if acknowledged > first else [],
-        )
+        if chunk.ledger_id is not None:
+            self.supply.settle(
+                chunk.ledger_id, self._spans(epoch, chunk, epoch.announced_to), self._spans(epoch, chunk, epoch.acknowledged_to)
+            )
+
+    def _spans(self, epoch: Epoch, chunk: Chunk, upto: int) -> list[Span]:
+        """Return the positions that a chunk delivers in its steps before `upto`."""
+        first, end = chunk.steps
+        return without(self._share(epoch).spans(first, min(end, upto)), chunk.holes)
+
+    # ------------------------------------------------------------------ who waits for whom
+
+    def _account(self) -> None:
+        now = time.monotonic()
+        self.seconds[self._waits_for] += now - self._since
+        self._since = now
+
+    def _bottleneck(self) -> str:
+        """Return what the feed waits for now: the trainer, decoding or the database."""
+        epoch = self._epochs[0] if self._epochs else None
+        if epoch is None or not epoch.asked or epoch.ended or epoch.announced_to > epoch.acknowledged_to:
+            return "trainer"
+        batch = epoch.batches.get(epoch.announced_to)
+        if batch is not None:
+            return "decode" if batch.report is None else "database"
+        return "trainer" if epoch.waiting and not self._free else "database"
 
     # ------------------------------------------------------------------ the end
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:
         """The trainer is gone, or the daemon ends: settle the ledger, give everything back once no worker writes any more."""
         if self._closed:
             return
+        self._closed = True
         for epoch in list(self._epochs):
             self._drop(epoch)
-        self._closed = True
-        self.supply.close()
+        self.supply.close(reason)
         if not self._decoding:
             self._release_memory()
 
@@ -441,21 +624,36 @@ class Stream:
             os.close(self._work_fd)
             self._ring_fd = self._work_fd = -1
 
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of the ring, while there is one."""
+        return self.layout.size if self.layout and self._ring_fd >= 0 else 0
+
     def status(self) -> Message:
         """Return what `loaderd status` shows of this stream."""
+        self._account()
         epoch = self._epochs[0] if self._epochs else None
-        plan = epoch.plan if epoch else None
+        share = epoch.share if epoch else None
         return {
+            "stream": self.name,
             "run": self.run,
-            "definition": self.definition.to_json(),
+            "attempt": self.supply.attempt.number if hasattr(self.supply, "attempt") else None,
+            "rank": self.supply.client.rank,
+            "num_ranks": self.supply.client.num_ranks,
+            "definition": self.definition.to_json() if self.definition else {},
             "epoch": epoch.number if epoch else None,
-            "position": epoch.announced_to if epoch else 0,
-            "num_samples": plan.num_samples if plan else None,
+            "steps": share.steps if share else None,
+            "announced": epoch.announced_to if epoch else 0,
+            "acknowledged": epoch.acknowledged_to if epoch else 0,
+            "position": share.begins(epoch.announced_to) if epoch and share else 0,
+            "num_samples": share.num_samples if share else None,
             "slots": self.layout.slots if self.layout else 0,
             "leased": len(self._leased),
             "free": len(self._free),
             "decoding": self._decoding,
-            "ring_bytes": self.layout.size if self.layout else 0,
+            "ring_bytes": self.ring_bytes,
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+            "attached_s": round(time.monotonic() - self.attached, 1),
             **self.counters.__dict__,
         }
 
@@ -464,20 +662,30 @@ class Stream:
     def _find(self, number: int) -> Epoch | None:
         return next((epoch for epoch in self._epochs if epoch.number == number), None)
 
-    def _steps_of(self, num_samples: int) -> int:
-        size = self.definition.batch_size
-        return num_samples // size if self.definition.tail == "drop" else -(-num_samples // size)
-
-    def _steps(self, plan: Plan) -> int:
-        return self._steps_of(plan.num_samples)
-
-    def _end_of(self, plan: Plan) -> int:
-        """The position after the last that is fed."""
-        size = self.definition.batch_size
-        return plan.num_samples // size * size if self.definition.tail == "drop" else plan.num_samples
+    def _share(self, epoch: Epoch) -> Share:
+        assert epoch.share is not None
+        return epoch.share
 
     def _all_fetched(self, epoch: Epoch) -> bool:
-        return epoch.plan is not None and epoch.fetched_to >= self._end_of(epoch.plan)
+        return epoch.share is not None and epoch.fetched_to >= epoch.share.steps
+
+
+def _where(event: Opened | Begun) -> Message:
+    attempt = event.attempt
+    assert attempt is not None
+    return {"run": attempt.run, "attempt": attempt.number, "epoch": attempt.epoch, "step": attempt.step}
+
+
+def check_resume(run: object, resume: object) -> tuple[str, Any]:
+    """Return a run's name and how to go on with it, as a trainer said them. Raises MessageError for anything else."""
+    if not (isinstance(run, str) and 0 < len(run) <= 200):
+        raise MessageError("run must be a name of at most 200 characters")
+    if isinstance(resume, dict):
+        if not all(type(resume.get(name)) is int and 0 <= resume[name] < 2**31 for name in ("epoch", "step", "attempt")):
+            raise MessageError("the state must have epoch, step and attempt as whole numbers; load what state_dict() gave")
+    elif resume not in (None, "last"):
+        raise MessageError(f"resume={resume!r}: must be 'last' or what state_dict() gave")
+    return run, resume
 
 
 def _check_pairs(message: Message) -> None:
@@ -487,5 +695,5 @@ def _check_pairs(message: Message) -> None:
     if message.get("op") == "epoch":
         pairs.append([message.get("epoch"), message.get("ahead")])
     for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(type(part) is int and part >= 0 for part in pair):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(type(part) is int and 0 <= part < 2**31 for part in pair):
             raise MessageError("pairs of whole numbers were expected")

@@ -8,29 +8,44 @@ on to the workers unread.
 
 from __future__ import annotations
 
+import os
+import platform
 import queue
+import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
 
+from catalog import __version__
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, DatabaseError
-from loaderd import ledger, orders
-from loaderd.ledger import Span
+from loaderd import ledger, named, orders
+from loaderd.ledger import Attempt
+from loaderd.messages import Message
 from loaderd.orders import Definition, Plan
+from loaderd.shares import Share, Span
 
 CHUNK = 1_024  # positions a query, rounded down to whole batches
 KEPT = 16_384  # samples: streams of up to so many keep their work (about 1 KB a sample) while the catalog stands still
+OUTAGE_S = 300  # how long PostgreSQL may be out of reach until a stream ends
+RETRY_S = 0.2
+LEAVE_S = 10  # the same while the trainer is gone already
+UNSURE_S = 2.0  # commits that did not wait for the disk are made again after a crash of PostgreSQL if they are younger
 
 WORK_MEMORY = "64MB"  # for the sort of a chunk, which would spill to disk with PostgreSQL's 4 MB (59 ms a chunk, then 43)
+# A host that vanishes without a word gives its locks back after a minute. Unix sockets ignore it.
+KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 
 
 def work_query(structures: int) -> sql.Composed:
-    """Return the query of the work for positions first … end of an epoch: a row and the masks' bits for each.
+    """Return the query of the work for positions of an epoch: a row and the masks' bits for each.
 
     The annotations are those of the order, not those that are current now: an epoch is fed as it was planned. The masks' boxes and bits
     stand in the order of the stream's structures, null and nothing where there is none. A join a structure: one lateral join for all
@@ -60,18 +75,45 @@ def work_query(structures: int) -> sql.Composed:
         "LEFT JOIN location l ON l.image_id = i.id AND l.preferred LEFT JOIN file f ON f.id = l.file_id "
         "LEFT JOIN root ro ON ro.id = f.root_id "
         "{masks}WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / %(part)s AND (%(end)s - 1) / %(part)s "
-        "AND e.part * %(part)s + s.n - 1 >= %(first)s AND e.part * %(part)s + s.n - 1 < %(end)s ORDER BY e.part, s.n"
+        "AND e.part * %(part)s + s.n - 1 <@ %(positions)s::int8multirange ORDER BY e.part, s.n"
     ).format(boxes=boxes, bits=bits, slices=slices, drawn=drawn, masks=masks)
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The stream is open: its run, the shape of its images and how many samples it has now."""
+class Client:
+    """Who attached, and as which rank."""
 
+    pid: int
+    uid: int
+    rank: int
+    num_ranks: int
+    versions: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """host:pid"""
+        return f"{socket.gethostname()}:{self.pid}"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The stream is open: the shape of its images and how many samples it has now. No attempt: the run was fed before."""
+
+    definition: Definition
+    stream_id: int
+    name: str | None
     run: str
     rows: int
     columns: int
     num_samples: int
+    attempt: Attempt | None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The attempt in which the trainer is fed."""
+
+    attempt: Attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +133,15 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Work for positions first … end: a row and the masks' bits for each. `ledger_id`: reserved already."""
+    """Work for this rank's steps first … end: a row, the masks' bits and the sample id for each position.
+
+    `ledger_id`: reserved already.
+    """
 
     plan: Plan
-    span: Span
+    steps: Span
     work: list[tuple[bytes, bytes]]
+    samples: list[int]
     ledger_id: int | None
 
 
@@ -107,54 +153,82 @@ class Failed:
 
 
 Command = Callable[[], "Event | None"]
-Event = Opened | Planned | Started | Fetched | Failed
+Event = Opened | Begun | Planned | Started | Fetched | Failed
 
 
 class Supply:
-    """Carries out a stream's commands in order; `post` is called with what came of them, from this thread."""
+    """Carries out a stream's commands in order; `post` is called with what came of them, from its threads.
 
-    def __init__(
-        self, database: Database, definition: Definition, *, run: str | None, consumer: str, post: Callable[[Event], None]
-    ) -> None:
-        self.database, self.definition, self.consumer = database, definition, consumer
-        self.post = post
-        self.attempt = 1
-        self._run_name = run
+    `asked` is the attach message: a stream's name or definition, the run, how to resume, and of a trainer whose daemon died what it got.
+    """
+
+    def __init__(self, database: Database, asked: Message, client: Client, post: Callable[[Event], None]) -> None:
+        self.database, self.asked, self.client, self.post = database, asked, client, post
+        self.outage_since: float | None = None
+        self.definition: Definition
+        self.attempt: Attempt
+        self.reason: str | None = None  # why the trainer left
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._plans: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._planning = threading.Lock()  # an epoch whose plan was overtaken is planned again by the other thread
+        self._planning = threading.RLock()  # an epoch whose plan was overtaken is planned again by the other thread
         self._conn: psycopg.Connection[tuple[Any, ...]]
+        self._consumer_id = 0
         self._planner: orders.Planner | None = None
-        self._work = work_query(len(definition.structures))
+        self._work: sql.Composed
         self._shape = (0, 0)
         self._num_samples = 0
-        self._closing = False
+        self._closing = threading.Event()
+        self._again = False  # this command is carried out a second time
+        self._unsure: deque[tuple[float, Command]] = deque()
         self._kept: dict[int, tuple[bytes, bytes]] = {}
         self._kept_for = -1  # the change counter of the plan that the kept work belongs to
         self._thread = threading.Thread(target=self._run, name="supply", daemon=True)
         self._thread.start()
 
-    # Commands: called by the loop, carried out by the thread.
+    # Commands: called by the loop, carried out by the threads.
+
+    def begin_attempt(self, run: str, resume: Any) -> None:
+        """Join or open the attempt; posts `Begun`."""
+        self._commands.put(lambda: self._begin_attempt(run, resume))
 
     def plan(self, epoch: int) -> None:
         """Plan an epoch ahead; posts `Planned`."""
         self._plans.put(lambda: self._plan(epoch))
 
-    def begin(self, plan: Plan, fetched: Span | None) -> None:
-        """Make an epoch final if the catalog is still as it was: posts `Started`, else plans again and posts `Planned`."""
-        self._commands.put(lambda: self._begin(plan, fetched))
+    def begin(self, plan: Plan, steps: Span | None) -> None:
+        """Make an epoch final if the catalog is still as it was: posts `Started`, else plans again and posts `Started` with that."""
+        self._commands.put(lambda: self._begin(plan, steps))
 
-    def fetch(self, plan: Plan, span: Span, *, reserve: bool) -> None:
+    def fetch(self, plan: Plan, steps: Span, *, reserve: bool) -> None:
         """Fetch work; posts `Fetched`."""
-        self._commands.put(lambda: self._fetch(plan, span, reserve=reserve))
+        self._commands.put(lambda: self._fetch(plan, steps, reserve=reserve))
 
     def settle(self, ledger_id: int, announced: Sequence[Span], acknowledged: Sequence[Span]) -> None:
         """Say what of a reservation was announced and acknowledged."""
-        self._commands.put(lambda: self._settle(ledger_id, announced, acknowledged))
+        self._unsafe(lambda: ledger.settle(self._conn, ledger_id, announced, acknowledged))
 
-    def note(self, plan: Plan, outcome: str, spans: Sequence[Span]) -> None:
-        """Note positions that were dropped or unreadable."""
-        self._commands.put(lambda: self._note(plan, outcome, spans))
+    def reserved(self, upto: int) -> None:
+        """Say that nothing from this position on was announced."""
+        self._unsafe(lambda: ledger.reserved(self._conn, self._consumer_id, upto))
+
+    def finish(self, plan: Plan, dropped: Sequence[Span]) -> None:
+        """Say that the trainer got everything of an epoch, or left it; what nobody gets was dropped."""
+
+        def finish() -> None:
+            if dropped:
+                ledger.note(self._conn, plan.epoch_id, self.attempt.number, self.client.rank, "dropped", dropped, self.client.name)
+            ledger.ended(self._conn, self._consumer_id, plan.epoch)
+
+        self._unsafe(finish)
+
+    def note(self, plan: Plan, ledger_id: int, outcome: str, spans: Sequence[Span]) -> None:
+        """Note positions of a reservation that were unreadable or revoked."""
+
+        def note() -> None:
+            ledger.take_out(self._conn, ledger_id, spans)
+            ledger.note(self._conn, plan.epoch_id, self.attempt.number, self.client.rank, outcome, spans, self.client.name)
+
+        self._unsafe(note)
 
     def flag(self, sample_id: int, code: str, message: str) -> None:
         """Flag the file of an image that could not be read."""
@@ -164,9 +238,10 @@ class Supply:
         """Bring up the row of a file whose size or time changed around the same pixels."""
         self._commands.put(lambda: self._moved(root, path, size, mtime_ns, offset, sample_id))
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:
         """Carry out what settles the ledger, then end; what would feed more is left out."""
-        self._closing = True
+        self.reason = reason
+        self._closing.set()
         self._commands.put(None)
 
     @property
@@ -178,7 +253,7 @@ class Supply:
         """Wait until it ended, after `close`."""
         self._thread.join(timeout_s)
 
-    # The thread.
+    # The threads.
 
     def _run(self) -> None:
         """Open the stream, then carry out commands until `close`."""
@@ -190,7 +265,7 @@ class Supply:
             self._carry_out(self._commands)
             self._plans.put(None)
             planning.join()
-            self._guarded(self._forget_provisional)
+            self._guarded(self._leave)
         finally:
             if self._planner is not None:
                 self._planner.close()
@@ -203,93 +278,258 @@ class Supply:
                 return
 
     def _guarded(self, command: Command) -> bool:
-        """Carry out one command and post what came of it; False if it failed, which is posted too and ends the stream."""
-        try:
-            event = command()
-        except psycopg.Error as error:
-            event = Failed(explain(error, self.database))
-        except CatalogError as error:
-            event = Failed(error)
-        except Exception as error:  # a bug of ours must not leave a trainer waiting for ever
-            event = Failed(CatalogError(f"{type(error).__name__}: {error}; this is a bug in scanfeed"))
+        """Carry out one command and post what came of it; False if it failed, which is posted too and ends the stream.
+
+        If PostgreSQL goes away under it, it is carried out again when that is back: each can be, whether or not it was committed.
+        """
+        lost: float | None = None
+        while True:
+            try:
+                event = command()
+            except (psycopg.Error, DatabaseError) as error:
+                if _gone(error) and command != self._open:
+                    lost = lost or time.monotonic()
+                    if self._regain(lost, planner=threading.current_thread() is not self._thread):
+                        self._again = True
+                        continue
+                event = Failed(explain(error, self.database) if isinstance(error, psycopg.Error) else error)
+            except CatalogError as error:
+                event = Failed(error)
+            except Exception as error:  # a bug of ours must not leave a trainer waiting for ever
+                event = Failed(CatalogError(f"{type(error).__name__}: {error}; this is a bug in scanfeed"))
+            break
+        self._again = False
         if event is not None:
             self.post(event)
         return not isinstance(event, Failed)
 
+    def _regain(self, lost: float, *, planner: bool) -> bool:
+        """Connect again; False if PostgreSQL is away for too long."""
+        self.outage_since = self.outage_since or lost
+        while time.monotonic() - lost < OUTAGE_S:
+            try:
+                if planner:
+                    assert self._planner is not None
+                    self._planner.close()
+                    self._planner.connect()
+                else:
+                    self._conn.close()
+                    self._conn = self._connect()
+                    self._hold()
+                    for _, command in list(self._unsure):
+                        command()
+                self.outage_since = None
+                return True
+            except (psycopg.Error, DatabaseError) as error:
+                if not _gone(error):
+                    raise
+                if self._closing.wait(RETRY_S) and time.monotonic() - lost > LEAVE_S:
+                    return False
+        return False
+
+    def _hold(self) -> None:
+        """Take the consumer's lock again, unless a newer attempt was opened meanwhile."""
+        if not self._consumer_id:
+            return
+        deadline = time.monotonic() + LEAVE_S  # PostgreSQL may take a moment to notice that our old connection is gone
+        while not ledger.hold(self._conn, self._consumer_id):
+            self._conn.rollback()
+            if time.monotonic() > deadline:
+                raise CatalogError("PostgreSQL still holds this training's old connection; open a new Feed with its state to go on")
+            time.sleep(0.05)
+        if hasattr(self, "attempt"):
+            newest = ledger.newest(self._conn, self.attempt.run_id, self.attempt.run, self.attempt.stream_id)
+            if newest is None or newest.number != self.attempt.number:
+                raise CatalogError(f"run {self.attempt.run!r}: while PostgreSQL was away another attempt was opened; this one ends")
+        self._conn.commit()
+
+    def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+        return self.database.connect(application_name="loaderd", options=f"-c work_mem={WORK_MEMORY} {KEEPALIVE}")
+
+    def _unsafe(self, change: Callable[[], None]) -> None:
+        """Have a change committed without waiting for the disk.
+
+        The reservation is durable already: losing this with PostgreSQL and this daemon reports too much exposure, never too little. If
+        PostgreSQL alone dies, it is made again.
+        """
+
+        def command() -> None:
+            self._conn.execute("SET LOCAL synchronous_commit = off")
+            change()
+            self._conn.commit()
+
+        def first() -> None:
+            command()
+            now = time.monotonic()
+            while self._unsure and now - self._unsure[0][0] > UNSURE_S:
+                self._unsure.popleft()
+            self._unsure.append((now, command))
+
+        self._commands.put(first)
+
     def _open(self) -> Opened:
-        self._conn = self.database.connect(application_name="loaderd", options=f"-c work_mem={WORK_MEMORY}")
+        asked, client = self.asked, self.client
+        self._conn = self._connect()
+        if (name := asked.get("stream")) is None:
+            self.definition = Definition.from_json(asked.get("definition"))
+        else:
+            stream_id, self.definition = named.find(self._conn, name)
+            named.compare(name, self.definition, asked["definition"])
         with self.database.read_only(timeout_s=orders.SELECT_TIMEOUT_S) as reading:
             orders.check_where(reading, self.definition)
-            found = orders.shapes(reading, self.definition)
-        self._shape = orders.one_shape(found, self.definition)
-        stream_id = ledger.open_stream(self._conn, self.definition)
-        run_id, run = ledger.open_run(self._conn, self._run_name, stream_id)
+            if name is None:
+                stream_id = ledger.open_stream(self._conn, self.definition)
+                self._conn.commit()
+            found = ledger.seen(self._conn, stream_id) if self.definition.where is None else None
+            if found is None:
+                shapes = orders.shapes(reading, self.definition)
+                found = (*orders.one_shape(shapes, self.definition), sum(shapes.values()))
+        *shape, self._num_samples = found
+        self._shape = (shape[0], shape[1])
+        self._work = work_query(len(self.definition.structures))
+        self._consumer_id = ledger.attach(
+            self._conn, stream_id, rank=client.rank, num_ranks=client.num_ranks, pid=client.pid, uid=client.uid,
+            daemon_pid=os.getpid(), versions=client.versions,
+        )  # fmt: skip
         self._conn.commit()
-        self._planner = orders.Planner(self.database, self.definition, run_id, stream_id)
-        self._num_samples = sum(found.values())
-        return Opened(run, *self._shape, num_samples=self._num_samples)
+        run = asked.get("run") or ledger.unused_name(self._conn)
+        attempt = self._first_attempt(stream_id, run)
+        return Opened(self.definition, stream_id, name, run, *self._shape, num_samples=self._num_samples, attempt=attempt)
 
-    def _plan(self, epoch: int) -> Planned:
-        assert self._planner is not None
+    def _first_attempt(self, stream_id: int, run: str) -> Attempt | None:
+        """Go on with the attempt that the trainer was in, or open one, unless its state may still come (load_state_dict)."""
+        again, resume = self.asked.get("again"), self.asked.get("resume")
+        self._stream_id = stream_id
+        if again is not None:
+            attempt = ledger.take_over(
+                self._conn, run, stream_id, self.definition, number=again["attempt"], consumer_id=self._consumer_id,
+                rank=self.client.rank, epoch=again["epoch"], received=again["received"], acknowledged=again["acknowledged"],
+            )  # fmt: skip
+            self._enter(attempt)
+            return attempt
+        if resume is None and self.asked.get("run") is not None and ledger.exists(self._conn, run, stream_id):
+            # Another rank of a new run may have come first; a run that was fed before waits for its state.
+            try:
+                return self._begin_attempt(run, None).attempt
+            except ledger.FedBefore:
+                self._conn.rollback()
+                return None
+        return self._begin_attempt(run, resume).attempt
+
+    def _begin_attempt(self, run: str, resume: Any) -> Begun:
+        attempt = ledger.begin(
+            self._conn, run, self._stream_id, self.definition, consumer_id=self._consumer_id, rank=self.client.rank,
+            num_ranks=self.client.num_ranks, resume=resume, versions=_versions(self._conn),
+        )  # fmt: skip
+        self._enter(attempt)
+        return Begun(attempt)
+
+    def _enter(self, attempt: Attempt) -> None:
         with self._planning:
-            planned = Planned(self._planner.plan(epoch, self._shape, self._num_samples))
+            if self._planner is not None:
+                self._planner.close()
+                ledger.forget_attempt(self._conn, self.attempt, self._consumer_id)
+                self._conn.commit()
+            self.attempt = attempt
+            self._planner = orders.Planner(self.database, self.definition, attempt.run_id, attempt.stream_id)
+
+    def share(self, plan: Plan) -> Share:
+        """Return the trainer's part of an epoch."""
+        return self.attempt.share(self.definition, plan.epoch, plan.num_samples, self.client.rank)
+
+    def _plan(self, epoch: int, *, locked: bool = False) -> Planned:
+        with self._planning:
+            assert self._planner is not None
+            planned = Planned(self._planner.plan(epoch, self._shape, self._num_samples, locked=locked))
             self._num_samples = planned.plan.num_samples
         return planned
 
-    def _begin(self, plan: Plan, fetched: Span | None) -> Event | None:
-        if self._closing:  # a reservation now would report what nobody is to see
+    def _begin(self, plan: Plan, steps: Span | None) -> Event | None:
+        if self._closing.is_set():  # a reservation now would report what nobody is to see
             return None
-        if ledger.changes(self._conn) != plan.catalog_changes:
+        if plan.final or not ledger.start_epoch(self._conn, plan.epoch_id, unchanged=True):
+            # Somebody began it before, or the catalog moved, or another rank saw that first.
             self._conn.rollback()
-            plan = self._plan(plan.epoch).plan
-            fetched = None
-        ledger.start_epoch(self._conn, plan.epoch_id)
-        ledger_id = None if fetched is None else ledger.reserve(self._conn, plan.epoch_id, self.attempt, fetched, self.consumer)
+            with self._planning:  # first this, then the database's lock: so does the other thread
+                self._conn.execute("SELECT pg_advisory_xact_lock(%s, %s::integer)", [orders.ORDER_LOCK, self.attempt.run_id])
+                found = orders.find(self._conn, self.attempt.run_id, self.attempt.stream_id, plan.epoch)
+                if found is None or not found.final or found.epoch_id != plan.epoch_id:
+                    plan = self._plan(plan.epoch, locked=True).plan
+                    steps = None
+                ledger.start_epoch(self._conn, plan.epoch_id, unchanged=False)
+        ledger_id = None if steps is None else self._reserve(plan, steps)
         self._conn.commit()
         return Started(plan, ledger_id)
 
-    def _fetch(self, plan: Plan, span: Span, *, reserve: bool) -> Fetched | None:
-        if self._closing:
+    def _reserve(self, plan: Plan, steps: Span) -> int:
+        share = self.share(plan)
+        return ledger.reserve(
+            self._conn, plan.epoch_id, self.attempt, share.spans(*steps), consumer_id=self._consumer_id, rank=share.rank,
+            consumer=self.client.name, epoch=plan.epoch, upto=share.begins(steps[1]), again=self._again,
+        )  # fmt: skip
+
+    def _fetch(self, plan: Plan, steps: Span, *, reserve: bool) -> Event | None:
+        if self._closing.is_set():
             return None
-        plan.wait_for(span[1])
+        spans = self.share(plan).spans(*steps)
+        if not self._stored(plan, spans[-1][1]):
+            return None if self._closing.is_set() else self._plan(plan.epoch)
         if plan.catalog_changes != self._kept_for:
             self._kept, self._kept_for = {}, plan.catalog_changes
-        samples = self._samples(plan, span)
+        samples = self._samples(plan, spans)
+        if len(samples) < sum(end - first for first, end in spans):  # another rank planned it again, or a crash of PostgreSQL took it
+            planned = self._plan(plan.epoch)
+            if planned.plan.epoch_id == plan.epoch_id:
+                raise CatalogError(f"epoch {plan.epoch}: its stored order has holes; see `loaderd audit`")
+            return planned
         work = [kept for sample in samples if (kept := self._kept.get(sample)) is not None]
         if len(work) < len(samples):
-            parameters = {"epoch": plan.epoch_id, "first": span[0], "end": span[1], "part": orders.PART}
+            parameters = {"epoch": plan.epoch_id, "first": spans[0][0], "end": spans[-1][1], "part": orders.PART}
             with self._conn.cursor(binary=True) as cursor:
-                work = cursor.execute(self._work, parameters, prepare=True).fetchall()
+                work = cursor.execute(self._work, {**parameters, "positions": ledger.multirange(spans)}, prepare=True).fetchall()
             if len(work) < len(samples):
-                raise DatabaseError(
-                    f"epoch {plan.epoch}: of {len(samples)} positions only {len(work)} have an image; was a patient erased?"
-                )
+                raise CatalogError(f"epoch {plan.epoch}: of {len(samples)} positions only {len(work)} have an image; was a patient erased?")
             if plan.num_samples <= KEPT:
                 self._kept.update(zip(samples, work, strict=True))
-        ledger_id = ledger.reserve(self._conn, plan.epoch_id, self.attempt, span, self.consumer) if reserve else None
+        ledger_id = self._reserve(plan, steps) if reserve else None
         self._conn.commit()
-        return Fetched(plan, span, work, ledger_id)
+        return Fetched(plan, steps, work, samples, ledger_id)
 
-    def _samples(self, plan: Plan, span: Span) -> list[int]:
-        """Return the sample ids at positions first … end."""
-        first, last = span[0] // orders.PART, (span[1] - 1) // orders.PART
+    def _stored(self, plan: Plan, positions: int) -> bool:
+        """Wait until so many positions are stored; False if the order was lost or its planner died: it must be looked for again."""
+        if not plan.foreign:
+            try:
+                plan.wait_for(positions)
+            except psycopg.Error as error:
+                if not _gone(error):
+                    raise
+                return False
+            return True
+        while plan.stored < positions:
+            row = self._conn.execute(
+                "SELECT CASE WHEN e.order_sha256 IS NOT NULL THEN e.num_samples ELSE 0 END, EXISTS (SELECT FROM pg_locks l "
+                "WHERE l.locktype = 'advisory' AND l.classid = %s::integer::oid AND l.objid = e.id::integer::oid) "
+                "FROM epoch e WHERE e.id = %s",
+                [orders.PLANNER_LOCK, plan.epoch_id],
+            ).fetchone()
+            self._conn.rollback()
+            if row is None or (row[0] < positions and not row[1]):
+                return False
+            plan.grew(row[0])
+            time.sleep(0.01)
+        return True
+
+    def _samples(self, plan: Plan, spans: Sequence[Span]) -> list[int]:
+        """Return the sample ids at some positions."""
+        first, last = spans[0][0] // orders.PART, (spans[-1][1] - 1) // orders.PART
         parts = self._conn.execute(
             "SELECT sample_ids FROM epoch_order WHERE epoch_id = %s AND part BETWEEN %s AND %s ORDER BY part",
             [plan.epoch_id, first, last],
             binary=True,
         )
         samples = [sample for (part,) in parts for sample in part]
-        return samples[span[0] - first * orders.PART : span[1] - first * orders.PART]
-
-    def _settle(self, ledger_id: int, announced: Sequence[Span], acknowledged: Sequence[Span]) -> None:
-        # The reservation is durable already; losing this with PostgreSQL reports too much exposure, never too little.
-        self._conn.execute("SET LOCAL synchronous_commit = off")
-        ledger.settle(self._conn, ledger_id, announced, acknowledged)
-        self._conn.commit()
-
-    def _note(self, plan: Plan, outcome: str, spans: Sequence[Span]) -> None:
-        ledger.note(self._conn, plan.epoch_id, self.attempt, outcome, spans, self.consumer)
-        self._conn.commit()
+        base = first * orders.PART
+        return [sample for start, end in spans for sample in samples[start - base : end - base]]
 
     def _flag(self, sample_id: int, code: str, message: str) -> None:
         self._conn.execute(
@@ -312,11 +552,29 @@ class Supply:
             )
         self._conn.commit()
 
+    def _leave(self) -> None:
+        self._forget_provisional()
+        ledger.leave(self._conn, self._consumer_id, self.reason)
+        self._conn.commit()
+
     def _forget_provisional(self) -> None:
-        """Delete what was prepared ahead and never asked for."""
-        if self._planner is not None:
-            self._conn.execute(
-                "DELETE FROM epoch WHERE run_id = %s AND stream_id = %s AND started_at IS NULL",
-                [self._planner.run_id, self._planner.stream_id],
-            )
+        """Delete what was prepared ahead and never asked for, unless another rank may ask for it, and a run that was fed nothing."""
+        if hasattr(self, "attempt"):
+            ledger.forget_provisional(self._conn, self.attempt, self._consumer_id)
             self._conn.commit()
+
+
+def _gone(error: psycopg.Error | DatabaseError) -> bool:
+    """Is this the end of the connection or the server, and not of the statement?"""
+    if isinstance(error, DatabaseError):
+        return True
+    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) or isinstance(error, psycopg.errors.QueryCanceled):
+        return False
+    return error.sqlstate is None or error.sqlstate[:2] in ("57", "08")
+
+
+def _versions(conn: psycopg.Connection[tuple[Any, ...]]) -> dict[str, str]:
+    """Return what this daemon runs on."""
+    found = {name: metadata.version(name) for name in ("numpy", "pydicom", "psycopg")}
+    server = conn.info.server_version
+    return {"scanfeed": __version__, "python": platform.python_version(), "postgresql": f"{server // 10000}.{server % 10000}", **found}

@@ -23,7 +23,7 @@ from loaderd.loop import Loop
 from loaderd.messages import Message
 
 IN_FLIGHT = 4  # jobs a worker has; with 2 it waited for the daemon now and then (20,300 samples/s, then 21,400)
-DEATHS = 3  # of workers with the same job, until the job is taken for the cause
+DEATHS = 6  # of workers with the same job at its head, and no sample to blame, until the stream ends
 SOURCE = Path(__file__).resolve().parent.parent  # where `catalog` and `loaderd` lie
 
 
@@ -38,11 +38,16 @@ def python(*arguments: str) -> tuple[list[str], dict[str, str]]:
 
 @dataclass
 class Job:
-    """A batch to be decoded; `done` is called with the worker's report, None if it keeps killing workers."""
+    """A batch to be decoded.
+
+    `done` is called with the worker's report, None if it keeps killing workers. `died` is called when a worker died on it and says
+    whether to have it decoded again as it is.
+    """
 
     number: int
     message: Message
     done: Callable[[Message | None], None]
+    died: Callable[[], bool]
     deaths: int = 0
 
 
@@ -86,10 +91,10 @@ class Workers:
         for worker in self.workers:
             self._tell(worker, {"op": "close", "stream": stream})
 
-    def submit(self, message: Message, done: Callable[[Message | None], None]) -> None:
+    def submit(self, message: Message, done: Callable[[Message | None], None], died: Callable[[], bool]) -> None:
         """Have a batch decoded."""
         self._next += 1
-        self.waiting.append(Job(self._next, {"op": "job", "job": self._next, **message}, done))
+        self.waiting.append(Job(self._next, {"op": "job", "job": self._next, **message}, done, died))
         self._hand_out()
 
     def close(self) -> None:
@@ -150,9 +155,15 @@ class Workers:
         self.replaced += 1
         self.say("worker died and is replaced", pid=worker.process.pid, code=code, jobs=len(worker.jobs))
         self.workers[self.workers.index(worker)] = self._spawn()
-        if worker.jobs:
-            min(worker.jobs.values(), key=lambda job: job.number).deaths += 1  # it worked on that one; the others only waited
-        for job in sorted(worker.jobs.values(), key=lambda job: job.number, reverse=True):
+        jobs = sorted(worker.jobs.values(), key=lambda job: job.number)
+        again = []
+        for job in jobs:
+            if job is jobs[0]:  # it worked on that one; the others only waited
+                job.deaths += 1
+                if not job.died():
+                    continue
+            again.append(job)
+        for job in reversed(again):
             if job.deaths < DEATHS:
                 self.waiting.appendleft(job)
             else:

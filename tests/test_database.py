@@ -11,11 +11,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from alembic import command
+from alembic.config import Config
 from psycopg import sql
 
 from catalog import cli, database
 from catalog.errors import CatalogError, DatabaseError
-from tests.conftest import Run
+from tests.conftest import REPOSITORY, Run
 
 # Each would leave something behind, read what is secret, or become somebody else.
 FORBIDDEN = [
@@ -174,6 +176,31 @@ def test_two_databases_of_one_server_are_not_taken_for_each_other(new_database: 
         assert first.identity() == again.identity() != second.identity()
 
 
+def test_options_of_the_url_hold_beside_those_of_the_program(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search path given in the URL, or in PGOPTIONS, holds on connections that have options of their own; theirs win."""
+    shown = "SELECT current_setting('search_path'), current_setting('work_mem')"
+    url = f"{database_url}{'&' if '?' in database_url else '?'}options=-csearch_path%3Dtenant,public%20-cwork_mem%3D5MB"
+    with (
+        database.open_database(url) as db,
+        db.connect() as conn,
+        db.connect(options="-c work_mem=6MB") as other,
+        db.read_only() as reading,
+    ):
+        found = [door.execute(shown).fetchone() for door in (conn, other, reading)]
+    assert found == [("tenant,public", "5MB"), ("tenant,public", "6MB"), ("tenant,public", "5MB")]
+    monkeypatch.setenv("PGOPTIONS", "-c work_mem=7MB")
+    with database.open_database(database_url) as db, db.connect(options="-c jit=off") as conn:
+        assert conn.execute("SELECT current_setting('work_mem')").fetchone() == ("7MB",)
+
+
+def test_a_client_host_that_died_is_noticed_within_a_minute(database_url: str) -> None:
+    """The server is told to ask a silent client of another host, or its locks would stand for two hours; loaderd's options add to it."""
+    asked = "SELECT name, reset_val FROM pg_settings WHERE name LIKE 'tcp_keepalives%'"  # what SHOW hides on a Unix socket
+    with database.open_database(database_url) as db, db.connect(options="-c work_mem=6MB") as conn:
+        found = {name: int(value) for name, value in conn.execute(asked).fetchall()}
+    assert 0 < found["tcp_keepalives_idle"] + found["tcp_keepalives_interval"] * found["tcp_keepalives_count"] <= 60
+
+
 # ------------------------------------------------------------------------------------------ SQL from users
 
 
@@ -260,3 +287,25 @@ def test_an_owner_without_createrole_is_told_what_a_superuser_must_run(owner: tu
     with psycopg.connect(server_url, autocommit=True) as conn:
         conn.execute(sql.SQL("{} {}").format(sql.SQL(statement[0]), sql.Literal(password)))
     ask(url, "SELECT count(*) FROM sample")
+
+
+def test_the_login_reads_what_a_later_migration_brings(owner: tuple[str, str], server_url: str) -> None:
+    """A catalog of version 0001 with a login: after the upgrade it reads every new table and view, and the passwords still not."""
+    url, name = owner
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("ALTER ROLE {} CREATEROLE").format(sql.Identifier(name)))
+    config = Config()
+    config.set_main_option("script_location", str(REPOSITORY / "migrations").replace("%", "%%"))
+    with database.open_database(url, migrate=False) as db:
+        with db.engine().begin() as old:
+            config.attributes["connection"] = old
+            command.upgrade(config, "0001")
+        with db.connect() as conn:
+            login, _ = database.make_sql_login(conn)
+        assert database.upgrade(db) == "0001"
+        with db.connect() as conn:
+            relations = "FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')"
+            refused = f"SELECT relname {relations} AND NOT has_table_privilege(%s, oid, 'SELECT')"
+            assert conn.execute(refused, [login]).fetchall() == [("sql_login",)]
+    for view in ("revoked_image", "sample_history", "epoch_coverage", "run_provenance", "consumer"):
+        ask(url, f"SELECT count(*) FROM {view}")

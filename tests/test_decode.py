@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from catalog import database, dicom, ingest, synthetic
-from loaderd import Feed, FeedError, client
+from loaderd import Feed, FeedError, attach
 from loaderd.decode import BLOCK, Decoder, Sample
 from loaderd.ring import Layout, create
 
@@ -111,7 +111,7 @@ def test_every_encoding(
                 data = pydicom.dcmread(paths[number])
                 slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
                 assert np.array_equal(image, (data.pixel_array.astype(np.float64) * slope + intercept).astype(np.float32))
-        status = client.status()
+        status = attach.status()
         assert status is not None
         assert status["streams"][0]["by_offset"] == (16 if by_offset else 0)
 
@@ -132,7 +132,7 @@ def test_touched_file_is_fed_and_its_row_brought_up(database_url: str, copied: P
             for batch in feed.epoch():
                 for number, image in zip(batch.sample_ids.tolist(), batch.images, strict=True):
                     assert np.array_equal(image, expected[names[number]])
-            status = client.status()
+            status = attach.status()
             assert status is not None
             assert status["streams"][0]["by_offset"] == decoded_by_offset
     assert conn.execute("SELECT count(*) FROM flag").fetchone() == (0,)

@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from catalog import embedded
+from catalog import database, embedded
 from catalog.errors import DatabaseError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -41,6 +42,23 @@ try:
 except DatabaseError as error:
     print(error, flush=True)
     sys.exit(5)
+"""
+
+
+# Holds a Database on the home argv[1] and, for each line it is given, connects from two threads at once and says which postmaster it got.
+HOLDER = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from catalog import database
+home = Path(sys.argv[1])
+def number(_):
+    with db.connect() as connection:
+        return connection.execute("SELECT number FROM kept").fetchone()[0]
+with database.open_database(home=home, migrate=False) as db, ThreadPoolExecutor(2) as pool:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(*pool.map(number, range(2)), (home / "postgresql/postmaster.pid").read_text().split()[0], flush=True)
 """
 
 
@@ -80,8 +98,8 @@ def ask(server: embedded.Server, query: str) -> list[tuple[object, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
-def start_user(home: Path, *prefix: str) -> "subprocess.Popen[str]":
-    command = [*prefix, sys.executable, "-P", "-c", USER, str(home)]
+def start_user(home: Path, *prefix: str, script: str = USER) -> "subprocess.Popen[str]":
+    command = [*prefix, sys.executable, "-P", "-c", script, str(home)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -225,18 +243,133 @@ def test_killed_server(home):
         assert ask(server, "select number from kept") == [(7,)]
 
 
+def test_connecting_starts_a_killed_server_again(home):
+    """After a SIGKILL of PostgreSQL or the keeper, two threads of each of two processes at once all get connections, to one server that
+    was started again; no handle is added, and that server ends with the last one.
+    """
+    with (
+        database.open_database(home=home, migrate=False) as db,
+        start_user(home, script=HOLDER) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert other.stdout.readline() == "ready\n"
+        with db.connect() as connection:
+            connection.execute("CREATE TABLE kept AS SELECT 7 AS number")
+
+        def number(_: int) -> int:
+            with db.connect() as connection:
+                return connection.execute("SELECT number FROM kept").fetchone()[0]
+
+        open_files = len(list(Path("/proc/self/fd").iterdir()))
+        for victim in (postmaster, keeper, postmaster):
+            old = postmaster(home)
+            os.kill(victim(home), signal.SIGKILL)
+            wait_until(lambda old=old: old not in processes(home))  # until then it may still let somebody in, for a moment
+            other.stdin.write("\n")
+            other.stdin.flush()
+            assert list(pool.map(number, range(2))) == [7, 7]
+            assert other.stdout.readline().split() == ["7", "7", str(postmaster(home))]
+            assert postmaster(home) != old
+            assert len([command for command in processes(home).values() if "catalog.embedded" in command]) == 1
+        assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+        other.communicate(timeout=20)
+    assert other.returncode == 0
+
+
+def test_connecting_waits_for_recovery(home):
+    """While PostgreSQL restarts itself because one of its sessions was killed, a connect waits for it, and nobody else is started."""
+    with database.open_database(home=home, migrate=False) as db:
+        pid = postmaster(home)
+        with db.connect() as connection:
+            os.kill(connection.info.backend_pid, signal.SIGKILL)
+            wait_until(lambda: "reinitializing" in (home / "postgresql.log").read_text())
+            db.connect().close()
+            connection.close()
+        assert postmaster(home) == pid
+
+
+def test_connecting_while_the_server_is_killed_again_and_again(home):
+    """Every connect gets through though the server is killed seven times meanwhile, at whatever moment of its start."""
+    with database.open_database(home=home, migrate=False) as db, ThreadPoolExecutor(1) as pool:
+
+        def connect_often() -> int:
+            deadline = time.monotonic() + 3
+            count = 0
+            while time.monotonic() < deadline:
+                db.connect().close()
+                count += 1
+            return count
+
+        counted = pool.submit(connect_often)
+        for round_ in range(7):
+            time.sleep(0.03 * round_)
+            with contextlib.suppress(OSError, ValueError, IndexError):  # it is dead already
+                os.kill(postmaster(home) if round_ % 2 else keeper(home), signal.SIGKILL)
+        assert counted.result() > 10
+
+
+def test_connecting_at_an_odd_path(home):
+    """Where the socket's path is too long and goes through a descriptor of ours, a killed server is started again as well."""
+    deep = home / "a" / ("b" * 120)
+    with database.open_database(home=deep, migrate=False) as db:
+        for _ in range(2):
+            os.kill(postmaster(deep), signal.SIGKILL)
+            db.connect().close()
+
+
+def test_a_server_that_refuses_is_not_started_again(home):
+    """A refusal of a living server is an error at once; its other connections go on."""
+    with database.open_database(home=home, migrate=False) as db, db.connect() as before:
+        pid = postmaster(home)
+        started = time.monotonic()
+        with pytest.raises(DatabaseError, match="nowhere"):
+            database.Database(psycopg.conninfo.make_conninfo(db.conninfo, dbname="nowhere"), db.server).connect()
+        assert time.monotonic() - started < 2
+        assert before.execute("SELECT 1").fetchone() == (1,)
+        assert postmaster(home) == pid
+
+
+def test_a_server_that_cannot_start_again_is_one_line(home):
+    """The reason that PostgreSQL gave comes at once, not that its socket is missing; the cause removed, the next connect starts it."""
+    with database.open_database(home=home, migrate=False) as db:
+        os.kill(postmaster(home), signal.SIGKILL)
+        configuration = home / "postgresql/postgresql.auto.conf"
+        before = configuration.read_text()
+        configuration.write_text("shared_buffers = lots\n")
+        started = time.monotonic()
+        with pytest.raises(DatabaseError, match=r"PostgreSQL cannot start: .*(shared_buffers|configuration file)") as caught:
+            db.connect()
+        assert time.monotonic() - started < 10
+        assert "\n" not in str(caught.value)
+        configuration.write_text(before)
+        db.connect().close()
+
+
+def test_a_closed_database_starts_nothing(home):
+    """After `close` a connect is an error and the server stays ended."""
+    with database.open_database(home=home, migrate=False) as db:
+        pass
+    wait_until(lambda: not processes(home))
+    with pytest.raises(DatabaseError, match="out of reach"):
+        db.connect()
+    assert not processes(home)
+
+
 def test_reused_pid(home):
     """A postmaster.pid left by a kill, whose pid is now another process of the same account, does not stop the next start."""
     with embedded.use(home):
         os.kill(postmaster(home), signal.SIGKILL)
         wait_until(lambda: not processes(home))
     owner = (home / "postgresql").stat().st_uid
-    with subprocess.Popen(["sleep", "60"], **({"user": owner} if ROOT else {})) as other:
-        for left in (home / "postgresql/postmaster.pid", home / "postgresql/.s.PGSQL.5432.lock"):
-            left.write_text("\n".join([str(other.pid), *left.read_text().split("\n")[1:]]))
+    account = {"user": owner} if ROOT else {}
+    with subprocess.Popen(["sleep", "60"], **account) as other, subprocess.Popen(["sleep", "60"], **account) as another:
+        # Two, as after a start that was killed when it had written the first of these.
+        for left, holder in ((home / "postgresql/postmaster.pid", other), (home / "postgresql/.s.PGSQL.5432.lock", another)):
+            left.write_text("\n".join([str(holder.pid), *left.read_text().split("\n")[1:]]))
         with embedded.use(home) as server:
             assert ask(server, "select 1") == [(1,)]
         other.kill()
+        another.kill()
 
 
 @pytest.mark.parametrize("victim", ["user", "initdb"])

@@ -158,14 +158,19 @@ def test_arguments_are_checked(ingested: str) -> None:
         ({"structures": ["inner"], "slots": 1}, "slots=1"),
         ({"structures": ["inner"], "seed": 2**63}, "seed="),
         ({"structures": ["inner"], "batch_size": 60_000, "slots": 128}, "the ring needs .* MiB"),
+        ({"structures": ["inner"], "rank": 2, "num_ranks": 2, "run": "r"}, "rank=2, num_ranks=2"),
+        ({"structures": ["inner"], "rank": 1}, "rank=1"),
+        ({"structures": ["inner"], "rank": 0, "num_ranks": 2}, "run=NAME"),
+        ({"structures": ["inner"], "resume": "first"}, "resume='first'"),
+        ({"structures": ["inner"], "resume": {"epoch": 3}}, "'stream'.*state_dict"),
     ):
         with pytest.raises(FeedError, match=expected) as raised:
             Feed(**arguments)  # type: ignore[arg-type]
         assert "\n" not in str(raised.value)
     with pytest.raises(TypeError, match=r"structures='inner'.*list"):
         Feed(structures="inner")
-    with pytest.raises(TypeError, match="rank"):
-        Feed(structures=["inner"], rank=0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="transforms"):
+        Feed(structures=["inner"], transforms=[])  # type: ignore[call-arg]
     assert daemons() == []
 
 
@@ -188,8 +193,10 @@ def test_run_names(ingested: str, conn: psycopg.Connection) -> None:
     with Feed(structures=["inner"], run="unet-3", limit=4) as feed:
         assert feed.run == "unet-3"
         ids(feed)
-    with pytest.raises(FeedError, match=r"run='unet-3'.*up to epoch 0.*another name"):
-        Feed(structures=["inner"], run="unet-3", limit=4)
+    with pytest.raises(FeedError, match=r"run='unet-3'.*attempt 1.*resume='last'.*another name"), Feed(
+        structures=["inner"], run="unet-3", limit=4
+    ) as feed:
+        ids(feed)
     with Feed(structures=["inner"], run="unet-3", limit=3, shuffle=False) as validation:  # another stream of the same training
         ids(validation)
     assert conn.execute("SELECT count(*) FROM run").fetchone() == (1,)
@@ -351,7 +358,7 @@ def test_two_that_race_start_one_daemon(ingested: str) -> None:
     """Several trainings that start at once without a daemon share one."""
     script = SCRIPT + "\nimport time; time.sleep(0)\n"
     code = script.replace(
-        "n = sum", "feed = loaderd.Feed(structures=['inner']); print(loaderd.client.status()['pid'], flush=True); input(); n = sum"
+        "n = sum", "feed = loaderd.Feed(structures=['inner']); print(loaderd.attach.status()['pid'], flush=True); input(); n = sum"
     )
     racing = [
         subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") for _ in range(4)
@@ -408,7 +415,7 @@ def test_notebook_picture(ingested: str) -> None:
 
 def test_real_studies(database_url: str, sunnybrook: Path, conn: psycopg.Connection) -> None:
     """The real data: 36 inner samples once each, and every one of the 500 images by the fast path, equal to pydicom bit for bit."""
-    from loaderd import client
+    from loaderd import attach
 
     with database.open_database(database_url) as db:
         ingest.ingest(db, sunnybrook)
@@ -420,7 +427,7 @@ def test_real_studies(database_url: str, sunnybrook: Path, conn: psycopg.Connect
         for batch in feed.epoch():
             for sample, image in zip(batch.sample_ids.tolist(), batch.images, strict=True):
                 assert np.array_equal(image, dicom.decode_frame(paths.pop(sample), 0).astype(np.float32))
-        status = client.status()
+        status = attach.status()
         assert status is not None
         [stream] = status["streams"]
     assert paths == {}

@@ -184,9 +184,11 @@ CREATE TRIGGER notify_daemons AFTER UPDATE ON stream FOR EACH ROW WHEN (NEW.ende
 CARRY_OVER = """
 INSERT INTO attempt (run_id, stream_id, attempt, num_ranks, epoch, step, position)
 SELECT DISTINCT run_id, stream_id, 1, 1, 0, 0, 0 FROM epoch WHERE started_at IS NOT NULL;
+DELETE FROM ledger d USING (SELECT epoch_id, range_agg(positions) AS positions FROM ledger WHERE outcome = 'unreadable' GROUP BY epoch_id) u
+WHERE d.epoch_id = u.epoch_id AND d.outcome = 'delivered' AND d.positions <@ u.positions;
 UPDATE ledger d SET positions = d.positions - u.positions, acknowledged = d.acknowledged - u.positions
 FROM (SELECT epoch_id, range_agg(positions) AS positions FROM ledger WHERE outcome = 'unreadable' GROUP BY epoch_id) u
-WHERE d.epoch_id = u.epoch_id AND d.outcome = 'delivered' AND d.positions && u.positions AND d.positions <> u.positions;
+WHERE d.epoch_id = u.epoch_id AND d.outcome = 'delivered' AND d.positions && u.positions;
 INSERT INTO consumer (run_id, stream_id, attempt, rank, num_ranks, host, pid, uid, daemon_pid, attached_at, left_at, ended_epoch)
 SELECT e.run_id, e.stream_id, 1, 0, 1, r.host, 0, 0, 0, min(e.started_at), max(e.started_at), max(e.epoch) FILTER (
     WHERE e.num_samples = (SELECT length_of(range_agg(l.positions)) FROM ledger l WHERE l.epoch_id = e.id))

@@ -1,0 +1,436 @@
+"""Flags that people raise and close, and consent withdrawn: what is said, what is written, and what is never repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from catalog import cli, database, flags, synthetic
+from catalog.errors import CatalogError, UsageError
+from tests.conftest import Run
+
+PATIENT = "SYN0002"  # of 16 images and 6 annotations, as each of the three
+ME = pwd.getpwuid(os.geteuid()).pw_name
+
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def say(ingested: str, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run `catalog` in this process; returns its standard output. Errors come as exceptions."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        cli.app([str(argument) for argument in arguments], prog_name="catalog", standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run
+
+
+def one(conn: psycopg.Connection, query: str, *parameters: object) -> Any:
+    row = conn.execute(query, parameters).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def written(conn: psycopg.Connection) -> tuple[Any, ...]:
+    """Return all that a command about flags could have changed: rows, numbers used up, the daemons' counter."""
+    return (
+        conn.execute("SELECT * FROM flag ORDER BY id").fetchall(),
+        one(conn, "SELECT last_value FROM flag_id_seq"),
+        one(conn, "SELECT count(*) FROM catalog_change"),
+    )
+
+
+def subject_of(conn: psycopg.Connection, kind: str) -> str:
+    """Return a subject of that kind of the second patient, which has something drawn on it."""
+    column = {
+        "sample": "sample_id", "file": "file_id", "annotation": "annotation_id", "pairing": "pairing_id", "series": "series_instance_uid",
+        "study": "study_instance_uid", "patient": "patient",
+    }[kind]  # fmt: skip
+    return f"{kind}:{one(conn, f'SELECT {column} FROM annotation_all WHERE patient = %s ORDER BY sample_id LIMIT 1', PATIENT)}"
+
+
+def images_of(conn: psycopg.Connection, patient: str) -> list[int]:
+    return [row[0] for row in conn.execute("SELECT sample_id FROM image_all WHERE patient = %s ORDER BY 1", [patient])]
+
+
+def feed(conn: psycopg.Connection, run: str, epoch: int, samples: Sequence[int], *, attempts: int = 1) -> int:
+    """Write what a daemon writes that delivered these samples; returns the epoch's id."""
+    stream = one(
+        conn,
+        "INSERT INTO stream (name, definition, digest) VALUES ('heart', '{}', '') ON CONFLICT (name) WHERE ended_at IS NULL "
+        "DO UPDATE SET digest = '' RETURNING id",
+    )
+    run_id = one(
+        conn,
+        "INSERT INTO run (name, program_version, host) VALUES (%s, '0', 'here') ON CONFLICT (name) DO UPDATE SET host = 'here' "
+        "RETURNING id",
+        run,
+    )
+    epoch_id = one(
+        conn,
+        "INSERT INTO epoch (run_id, stream_id, epoch, num_samples, catalog_changes, started_at) VALUES (%s, %s, %s, %s, 0, now()) "
+        "RETURNING id",
+        run_id, stream, epoch, len(samples),
+    )  # fmt: skip
+    conn.execute("INSERT INTO epoch_order (epoch_id, part, sample_ids, annotation_ids) VALUES (%s, 0, %s, '{}')", [epoch_id, list(samples)])
+    for attempt in range(1, attempts + 1):
+        conn.execute(
+            "INSERT INTO attempt (run_id, stream_id, attempt, num_ranks, epoch, step, position) VALUES (%s, %s, %s, 1, 0, 0, 0) "
+            "ON CONFLICT DO NOTHING",
+            [run_id, stream, attempt],
+        )
+        conn.execute(
+            "INSERT INTO ledger (epoch_id, attempt, outcome, positions, consumer) "
+            "VALUES (%s, %s, 'delivered', %s::int8multirange, 'here:1')",
+            [epoch_id, attempt, f"{{[0,{len(samples)})}}"],
+        )
+    return int(epoch_id)
+
+
+# ------------------------------------------------------------------------------------------ raising
+
+
+def test_what_is_said_to_be_revoked_is_revoked(say: Say, conn: psycopg.Connection) -> None:
+    """On each kind of subject: the number of samples that `flag add --revoke` names is that of view revoked_image, and of status,
+    which does not mention revocation where there is none.
+    """
+    assert "revoked" not in say("status")
+    assert json.loads(say("status", "--json"))["revoked"] == 0
+    subjects = {kind: subject_of(conn, kind) for kind in flags.NAMED_BY}
+    conn.execute(
+        "INSERT INTO pairing (annotation_id, image_id, method, rule, score, state, actor) "
+        "SELECT %s, max(id), 'guess', 'by hand', 0, 'proposed', 'ada' FROM image",
+        [subjects["annotation"].partition(":")[2]],
+    )
+    for number, (kind, subject) in enumerate(subjects.items(), 1):
+        expected = {"series": 16, "study": 16, "patient": 16, "annotation": 2}.get(kind, 1)
+        said = say("flag", "add", subject, "--rule", "BAD-CONSENT", "--detail", "form is missing", "--revoke")
+        assert one(conn, "SELECT count(*) FROM revoked_image") == expected
+        assert f"affects {expected} sample" in said and "no run saw any of it" in said
+        assert f"revoked: {expected} sample" in say("status")
+        assert json.loads(say("status", "--json"))["revoked"] == expected
+        [row] = json.loads(say("flag", "list", "--json"))
+        assert [row[name] for name in ("subject", "rule", "detail", "severity", "revokes", "raised_by")] == [
+            subject, "BAD-CONSENT", "form is missing", "error", True, ME
+        ]  # fmt: skip
+        assert f"; {expected} sample" in say("flag", "close", number, "--reason", "form found")
+
+
+def test_severity_decides_what_is_fed(say: Say, conn: psycopg.Connection) -> None:
+    """Open errors are error_flags of the sample, warnings and infos are not, and the command says which it is; none revokes."""
+    found = "SELECT open_flags, error_flags FROM image_all WHERE sample_id = 3"
+    for severity, counts, words in (
+        ("info", (1, 0), "fed all the same"),
+        ("warning", (2, 0), "fed all the same"),
+        ("error", (3, 1), "out"),
+    ):
+        said = say("flag", "add", "sample:3", "--rule", severity.upper(), "--detail", "looks odd", "--severity", severity, "--actor", "ada")
+        assert "affects 1 sample" in said and words in said and "saw" not in said
+        assert conn.execute(found).fetchall() == [counts]
+    written = conn.execute("SELECT severity, revokes, raised_by FROM flag ORDER BY id").fetchall()
+    assert written == [(severity, False, "ada") for severity in ("info", "warning", "error")]
+
+
+def test_the_same_flag_again_changes_nothing(say: Say, conn: psycopg.Connection) -> None:
+    """A second add of an open flag writes nothing, whatever else it says; daemons are not made to plan again; once closed it is new."""
+    add = ["flag", "add", subject_of(conn, "sample"), "--rule", "ODD", "--detail"]
+    say(*add, "looks odd", "--actor", "ada")
+    before = written(conn)
+    said = say(*add, "looks odd again", "--severity", "info")
+    assert "flag 1 (error)" in said and "is open already, raised by ada" in said and "nothing changed" in said
+    assert written(conn) == before
+    say("flag", "close", 1, "--reason", "looked at it")
+    assert "raised" in say(*add, "odd after all")
+    assert one(conn, "SELECT count(*) FROM flag") == 2
+
+
+def test_an_open_flag_is_made_to_revoke(say: Say, conn: psycopg.Connection) -> None:
+    """`--revoke` on an open warning makes it an error that revokes, with who and why beside what was found; and then stands."""
+    add = ["flag", "add", subject_of(conn, "sample"), "--rule", "ODD", "--detail"]
+    say(*add, "looks odd", "--severity", "warning", "--actor", "ada")
+    assert "made to revoke" in say(*add, "reader asked for it", "--revoke", "--actor", "bo")
+    [(severity, revokes, raised_by, detail)] = conn.execute("SELECT severity, revokes, raised_by, detail FROM flag").fetchall()
+    assert (severity, revokes, raised_by) == ("error", True, "ada")
+    assert detail.startswith("looks odd; made to revoke by bo at ") and detail.endswith(": reader asked for it")
+    before = written(conn)
+    assert "nothing changed" in say(*add, "looks odd", "--severity", "warning")
+    assert "nothing changed" in say(*add, "looks odd", "--revoke")
+    assert written(conn) == before
+
+
+def test_ingest_does_not_close_what_was_made_to_revoke(say: Say, conn: psycopg.Connection, studies: Path) -> None:
+    """A flag of ingest's own that a person made to revoke stands when the file is read again, where ingest would have closed it."""
+    file_id = one(conn, "SELECT min(id) FROM file WHERE kind = 'image'")
+    conn.execute(
+        "INSERT INTO flag (rule, severity, detail, file_id, raised_by) VALUES ('PATIENT-DIFFERS', 'warning', 'differs', %s, 'ingest')",
+        [file_id],
+    )
+    say("flag", "add", f"file:{file_id}", "--rule", "PATIENT-DIFFERS", "--detail", "is another patient", "--revoke")
+    conn.execute("UPDATE file SET mtime_ns = 0 WHERE id = %s", [file_id])
+    assert "1 files read" in say("ingest", studies, "--jobs", 1)
+    assert conn.execute("SELECT state, raised_by FROM flag").fetchall() == [("open", ME)]
+
+
+def test_many_who_raise_one_flag_leave_one(ingested: str, conn: psycopg.Connection) -> None:
+    """Of eight at the same moment one raises it, the others find it open; so with making it revoke."""
+    subject = subject_of(conn, "sample")
+    with database.open_database(ingested) as db, ThreadPoolExecutor(8) as pool:
+        for revoke, change in ((False, "raised"), (True, "made to revoke")):
+            calls = [pool.submit(flags.add, db, subject, rule="ODD", detail="odd", revoke=revoke) for _ in range(8)]
+            changes = [flag.change for call in calls for flag in call.result().flags]
+            assert sorted(changes, key=str) == sorted([change, *[None] * 7], key=str)
+    assert conn.execute("SELECT revokes FROM flag").fetchall() == [(True,)]
+
+
+def test_one_uid_may_be_several_rows(say: Say, conn: psycopg.Connection) -> None:
+    """A series under two studies is flagged in both: nothing of it slips through."""
+    series = one(conn, "SELECT id FROM series ORDER BY id LIMIT 1")
+    conn.execute("UPDATE series SET series_instance_uid = '1.2.3' WHERE id IN (%s, (SELECT max(id) FROM series))", [series])
+    said = say("flag", "add", "series:1.2.3", "--rule", "TWICE", "--detail", "two studies", "--revoke")
+    assert "affects 32 samples" in said and said.count("on the series raised") == 2
+    assert one(conn, "SELECT count(*) FROM revoked_image") == 32
+
+
+WRONG = [
+    (["DOE^JOHN"], "KIND:ID"),
+    (["person:DOE^JOHN"], "KIND is one of sample, file"),
+    (["patient:"], "KIND:ID"),
+    (["sample:DOE^JOHN"], "named by its number"),
+    (["sample:-1"], "named by its number"),
+    (["sample:" + "9" * 5000], "named by its number"),
+    (["patient:SYN0002", "JOHN"], "quotes"),
+    (["sample:1", "--rule", "looks odd"], "--rule"),
+    (["sample:1", "--detail", " "], "--detail: is empty"),
+    (["sample:1", "--detail", "caf\udce9"], "--detail: is not UTF-8"),
+    (["sample:1", "--revoke", "--severity", "info"], "--severity error"),
+    (["sample:1", "--actor", "ingest"], "--actor: ingest is the program itself"),
+]
+
+
+def test_an_argument_that_cannot_be_right_is_one_line(say: Say, conn: psycopg.Connection) -> None:
+    """A usage error says what is wrong without repeating a name, and nothing is written."""
+    before = written(conn)
+    for arguments, words in WRONG:
+        with pytest.raises(UsageError) as caught:
+            say("flag", "add", "--rule", "ODD", "--detail", "odd", *arguments)
+        assert words in str(caught.value) and "\n" not in str(caught.value) and "JOHN" not in str(caught.value)
+    assert written(conn) == before
+
+
+def test_an_unknown_subject_is_one_line(say: Say, conn: psycopg.Connection) -> None:
+    """What the catalog does not know is not flagged; of the name only a number is repeated."""
+    names = {"sample": "999", "file": "999", "annotation": "999", "pairing": "999", "series": "1.9", "study": "1.9", "patient": "DOE^JOHN"}
+    for kind, name in [*names.items(), ("patient", "\udce9")]:
+        with pytest.raises(CatalogError, match=f"no such {kind} in the catalog") as caught:
+            say("flag", "add", f"{kind}:{name}", "--rule", "ODD", "--detail", "odd")
+        assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+        assert (name in str(caught.value)) is (name == "999")
+    assert one(conn, "SELECT count(*) FROM flag") == 0
+
+
+def test_a_contour_s_file_cannot_be_revoked_in_vain(say: Say, conn: psycopg.Connection) -> None:
+    """Nothing follows from a flag on a file that holds no image, so --revoke is refused there, and the annotation named."""
+    annotation, file_id = conn.execute("SELECT id, file_id FROM annotation ORDER BY id LIMIT 1").fetchall()[0]
+    with pytest.raises(CatalogError, match=rf"flag annotation:{annotation}$"):
+        say("flag", "add", f"file:{file_id}", "--rule", "BAD", "--detail", "bad", "--revoke")
+    assert one(conn, "SELECT count(*) FROM flag") == 0
+    assert "affects 0 samples" in say("flag", "add", f"file:{file_id}", "--rule", "BAD", "--detail", "bad")
+
+
+# ------------------------------------------------------------------------------------------ listing and closing
+
+
+def test_list_shows_what_is_open_and_all(say: Say, conn: psycopg.Connection) -> None:
+    """Open flags, those of one rule, all with who closed them and why; as a table of one line each and as JSON."""
+    assert say("flag", "list") == "no open flags\n"
+    for rule in ("ODD", "WORSE"):
+        say("flag", "add", "sample:3", "--rule", rule, "--detail", "looks\nodd")
+    say("flag", "close", 1, "--reason", "was right", "--false-positive", "--actor", "ada")
+    assert [line.split()[:2] for line in say("flag", "list").splitlines()[2:]] == [["2", "WORSE"]]
+    assert [row["id"] for row in json.loads(say("flag", "list", "--state", "all", "--json"))] == [1, 2]
+    assert say("flag", "list", "--rule", "ODD") == "no open flags\n"
+    [row] = json.loads(say("flag", "list", "--rule", "ODD", "--state", "all", "--json"))
+    assert (row["state"], row["closed_by"], row["reason"], row["subject"]) == ("false_positive", "ada", "was right", "sample:3")
+    table = say("flag", "list", "--state", "all").splitlines()
+    assert len(table) == 4 and "false_positive" in table[2] and "was right" in table[2] and "looks odd" in table[2]
+
+
+def test_closing_gives_back_what_no_other_flag_holds(say: Say, conn: psycopg.Connection) -> None:
+    """Closing a flag that revokes says how many samples are fed again and how many another flag still revokes: the view agrees."""
+    say("flag", "add", f"patient:{PATIENT}", "--rule", "FORM", "--detail", "form is missing", "--revoke")
+    say("flag", "add", subject_of(conn, "sample"), "--rule", "NAME-BURNT-IN", "--detail", "a name in the pixels", "--revoke")
+    dry = say("flag", "close", 1, "--reason", "form found", "--dry-run")
+    assert one(conn, "SELECT count(*) FROM revoked_image") == 16
+    said = say("flag", "close", 1, "--reason", "form found")
+    assert said == dry == "flag 1 (FORM) closed: resolved; 15 samples no longer revoked, 1 still are by other flags\n"
+    assert one(conn, "SELECT count(*) FROM revoked_image") == 1
+    assert "; 1 sample no longer revoked\n" in say("flag", "close", 2, "--reason", "cut out")
+    closed = conn.execute("SELECT state, closed_by, reason, closed_at IS NULL FROM flag ORDER BY id").fetchall()
+    assert closed == [("resolved", ME, "form found", False), ("resolved", ME, "cut out", False)]
+
+
+def test_a_closed_flag_stays_as_it_was_closed(say: Say, conn: psycopg.Connection) -> None:
+    """Closing it again is said and writes nothing; closing it with an open one closes the open one."""
+    for rule in ("ODD", "WORSE"):
+        say("flag", "add", "sample:3", "--rule", rule, "--detail", "odd")
+    say("flag", "close", 1, "--reason", "first", "--actor", "ada")
+    before = written(conn)
+    assert "flag 1 was closed already by ada at" in say("flag", "close", 1, "--reason", "second", "--false-positive")
+    assert written(conn) == before
+    said = say("flag", "close", 2, 1, 2, "--reason", "third")
+    assert len(said.splitlines()) == 2 and "flag 2 (WORSE) closed: resolved" in said
+    assert conn.execute("SELECT reason FROM flag ORDER BY id").fetchall() == [("first",), ("third",)]
+
+
+def test_closing_is_all_or_nothing(say: Say, conn: psycopg.Connection) -> None:
+    """If one of several flags does not exist none is closed, and the line names it; a reason is needed."""
+    say("flag", "add", "sample:3", "--rule", "ODD", "--detail", "odd")
+    before = written(conn)
+    with pytest.raises(CatalogError, match=r"^flag 99: there is none, so nothing was closed; see `catalog flag list"):
+        say("flag", "close", 1, 99, "--reason", "looked at it")
+    with pytest.raises(UsageError, match="--reason: is empty"):
+        say("flag", "close", 1, "--reason", "")
+    assert written(conn) == before
+
+
+def test_daemons_are_told(say: Say, conn: psycopg.Connection) -> None:
+    """Raising a flag that revokes, making one revoke and closing it each wake who listens; other flags do not, nor does a dry run."""
+    add = ["flag", "add", "sample:3", "--rule", "ODD", "--detail", "odd"]
+    conn.execute("LISTEN scanfeed")
+    for command, heard in (
+        (add, 0), ([*add, "--revoke", "--dry-run"], 0), ([*add, "--revoke"], 1), ([*add, "--revoke"], 0),
+        (["flag", "close", 1, "--reason", "fine", "--dry-run"], 0), (["flag", "close", 1, "--reason", "fine"], 1),
+        (["patient", "withdraw", PATIENT, "--dry-run"], 0), (["patient", "withdraw", PATIENT], 1),
+    ):  # fmt: skip
+        say(*command)
+        conn.execute("SELECT 1")
+        assert [notice.payload for notice in conn.notifies(timeout=0, stop_after=5)] == ["flag"] * heard, command
+
+
+# ------------------------------------------------------------------------------------------ consent
+
+
+def test_withdraw_says_what_it_takes_out_and_who_saw_it(say: Say, conn: psycopg.Connection) -> None:
+    """Images and annotations, and for each run and stream: epochs, samples, deliveries, times and models; of others nothing."""
+    samples = images_of(conn, PATIENT)
+    other = images_of(conn, "SYN0001")
+    for epoch in (0, 1, 3):
+        feed(conn, "unet-3", epoch, [*other, *samples[:5]])
+    feed(conn, "unet-4", 0, samples[4:7], attempts=2)  # the second attempt replaced the first: both read the pixels
+    feed(conn, "elsewhere", 0, other)
+    conn.execute(
+        "INSERT INTO run_note (run_id, actor, model_sha256) "
+        "SELECT id, 'ada', sha256('model') FROM run WHERE name IN ('unet-3', 'elsewhere')"
+    )
+    pruned = feed(conn, "old", 7, samples)
+    conn.execute("DELETE FROM ledger WHERE epoch_id = %s", [pruned])
+    conn.execute("DELETE FROM epoch_order WHERE epoch_id = %s", [pruned])
+    conn.execute(
+        "UPDATE epoch SET pruned_at = now(), summary = '{}', patients = ARRAY(SELECT id FROM patient WHERE patient_id = %s) WHERE id = %s",
+        [PATIENT, pruned],
+    )
+    before = written(conn)
+    dry_text, dry = say("patient", "withdraw", PATIENT, "--dry-run"), json.loads(say("patient", "withdraw", PATIENT, "--dry-run", "--json"))
+    assert written(conn) == before
+    found = json.loads(say("patient", "withdraw", PATIENT, "--reason", "letter of 3 May", "--json"))
+    assert {**found, "flag": None, "dry_run": True} == dry
+    assert (found["flag"], found["change"], found["images"]) == (1, "raised", 16)
+    assert found["annotations"] == one(conn, "SELECT count(*) FROM sample WHERE patient = %s", PATIENT) > 0
+    sha256 = "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"
+    seen = {
+        row["run"]: [row[name] for name in ("stream_name", "epochs", "samples", "deliveries", "models", "pruned")] for row in found["seen"]
+    }
+    assert seen == {
+        "unet-3": ["heart", [0, 1, 3], 5, 15, [sha256], []],
+        "unet-4": ["heart", [0], 3, 6, [], []],
+        "old": ["heart", [7], 0, 0, [], [7]],
+    }
+    assert all(row["first"] <= row["last"] for row in found["seen"])
+    assert conn.execute("SELECT rule, severity, revokes, state, detail, raised_by FROM flag").fetchall() == [
+        ("PATIENT-WITHDRAWN", "error", True, "open", "consent withdrawn: letter of 3 May", ME)
+    ]
+    again = say("patient", "withdraw", PATIENT)
+    assert "is open already" in again and again.splitlines()[1:] == dry_text.splitlines()[1:]
+    assert "takes out 16 images and 6 annotations" in again and "seen already by 3 runs:" in again
+    [line] = [line for line in again.splitlines() if line.startswith("unet-3")]
+    assert line.split()[1:6] == ["heart", "0-1,", "3", "5", "15"] and line.endswith(sha256)
+    assert PATIENT not in again + dry_text
+    # The same history for one of its samples: of the pruned epoch it is not known.
+    said = say("flag", "add", f"sample:{samples[0]}", "--rule", "ODD", "--detail", "odd", "--revoke")
+    assert [row.split()[0] for row in said.splitlines()[5:]] == ["unet-3", "old", "+"]
+    assert "seen already by 2 runs:" in said
+
+
+def test_what_comes_later_of_a_withdrawn_patient_is_revoked_too(say: Say, conn: psycopg.Connection, tmp_path: Path) -> None:
+    """A second ingest, of another root with new images of the patient, adds to revoked_image at once; reinstating frees all."""
+    say("patient", "withdraw", PATIENT)
+    synthetic.write_studies(tmp_path / "later", patients=2, slices=2, phases=2, size=64, seed=99)
+    say("ingest", tmp_path / "later", "--jobs", 1)
+    assert len(images_of(conn, PATIENT)) == 20
+    revoked = [row[0] for row in conn.execute("SELECT sample_id FROM revoked_image ORDER BY 1")]
+    assert revoked == images_of(conn, PATIENT)
+    assert one(conn, "SELECT min(error_flags) FROM sample WHERE patient = %s", PATIENT) == 1
+    assert one(conn, "SELECT max(error_flags) FROM sample WHERE patient <> %s", PATIENT) == 0
+    assert "revoked: 20 samples" in say("status")
+    assert "takes out 20 images" in say("patient", "withdraw", PATIENT)
+    before = written(conn)
+    dry = say("patient", "reinstate", PATIENT, "--reason", "signed again", "--dry-run")
+    assert written(conn) == before
+    assert say("patient", "reinstate", PATIENT, "--reason", "signed again", "--actor", "ada") == dry
+    assert dry == "flag 1 (PATIENT-WITHDRAWN) closed: resolved; 20 samples no longer revoked\n"
+    assert one(conn, "SELECT count(*) FROM revoked_image") == 0
+    assert conn.execute("SELECT state, closed_by, reason FROM flag").fetchall() == [("resolved", "ada", "signed again")]
+    assert say("patient", "reinstate", PATIENT, "--reason", "again") == "the patient is not withdrawn: nothing changed\n"
+
+
+def test_an_unknown_patient_s_name_goes_nowhere(ingested: str, catalog: Run) -> None:
+    """Exit code 1 and one line without the name; an unquoted name, exit code 2 and one line without its words."""
+    for command in ("withdraw", "reinstate"):
+        done = catalog("patient", command, "DOE^JOHN", "--reason", "why")
+        assert (done.returncode, done.stdout) == (1, "")
+        [line] = done.stderr.splitlines()
+        assert line.startswith("catalog: no such patient") and "DOE" not in line
+        done = catalog("patient", command, "DOE", "JOHN", "--reason", "why")
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+        assert "DOE" not in done.stderr and "JOHN" not in done.stderr and "quotes" in done.stderr
+
+
+def test_a_known_patient_s_name_goes_nowhere_else(ingested: str, catalog: Run) -> None:
+    """Neither withdrawing nor flagging a patient prints the name; the list of flags, which somebody asks for, does."""
+    for arguments in (
+        ["patient", "withdraw", PATIENT], ["patient", "withdraw", PATIENT, "--dry-run", "--json"],
+        ["flag", "add", f"patient:{PATIENT}", "--rule", "ODD", "--detail", "odd"], ["flag", "close", "2", "--reason", "fine"],
+        ["patient", "reinstate", PATIENT, "--reason", "signed"],
+    ):  # fmt: skip
+        done = catalog(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert PATIENT not in done.stdout + done.stderr
+        assert done.stderr == ("catalog: dry run: nothing was changed; this is what would be said\n" if "--dry-run" in arguments else "")
+    assert f"patient:{PATIENT}" in catalog("flag", "list", "--state", "all").stdout
+
+
+def test_the_actor_is_who_runs_it_whatever_the_environment_says(ingested: str, conn: psycopg.Connection) -> None:
+    """Without --actor the account of the process is written down, not $USER."""
+    command = [sys.executable, "-m", "catalog.cli", "flag", "add", "sample:3", "--rule", "ODD", "--detail", "odd"]
+    subprocess.run(command, env={**os.environ, "USER": "eve", "LOGNAME": "eve"}, check=True, capture_output=True)
+    assert conn.execute("SELECT raised_by FROM flag").fetchall() == [(ME,)]
+
+
+def test_sql_from_users_may_ask_what_was_revoked(say: Say, conn: psycopg.Connection) -> None:
+    """`catalog sql` reads flags, revoked_image and sample_history."""
+    feed(conn, "unet-3", 0, images_of(conn, PATIENT))
+    say("patient", "withdraw", PATIENT)
+    query = "SELECT count(*) AS n FROM revoked_image JOIN sample_history USING (sample_id) WHERE EXISTS (SELECT FROM flag WHERE revokes)"
+    assert json.loads(say("sql", query, "--json")) == [{"n": 16}]
