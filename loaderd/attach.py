@@ -71,7 +71,11 @@ def again(message: Message, url: str | None, path: Path, deadline: float, *, pri
 
 def _start(path: Path, url: str | None) -> socket.socket | None:
     """Start a private daemon unless another process was faster; None if it is gone again."""
-    with _starting(path):
+    try:
+        starting = _starting(path)
+    except PermissionError:
+        raise FeedError(f"no loaderd serves in {path.parent}, and this user may not start one there; see `loaderd serve --group`") from None
+    with starting:
         sock = connect(path)
         if sock is None:
             _start_private(url)

@@ -43,19 +43,44 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Decode processes; by default one a core.", show_default=False)
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of all rings together, such as 512M or 4G; by default what the machine has.", show_default=False)
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Members of this group may attach, too, where they can reach the socket.", show_default=False)
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="End with the last trainer: how a Feed starts its own.")] = False,
+    supervisor: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Serve trainers in the foreground until Ctrl-C or SIGTERM. A Feed finds this daemon by itself."""
+    """Serve trainers in the foreground until Ctrl-C or SIGTERM. A Feed finds this daemon by itself; after a crash it comes back."""
     from catalog.database import open_database
     from loaderd import messages
     from loaderd.daemon import Daemon
+    from loaderd.supervise import supervise
 
     if sys.platform != "linux":
         raise CatalogError("loaderd needs Linux: it feeds through a memfd; the catalog works here all the same")
+    limit, members = _bytes(memory), _gid(group)
     try:
         db = open_database(database)
+        path = messages.socket_path(db.identity())
+        if not private and supervisor is None:
+            with db:
+                if database is not None:
+                    os.environ["CATALOG_DATABASE_URL"] = database  # not an argument: it may hold a password, and all users see arguments
+                given = {"--workers": workers, "--memory": memory, "--group": group}
+                supervise([part for name, value in given.items() if value is not None for part in (name, str(value))])
+                return
         try:
-            daemon = Daemon(db, messages.socket_path(db.identity()), workers=workers or len(os.sched_getaffinity(0)), private=private)
+            daemon = Daemon(
+                db,
+                path,
+                workers=workers or len(os.sched_getaffinity(0)),
+                private=private,
+                memory=limit,
+                group=members,
+                supervisor=supervisor,
+            )
         except BaseException:
             db.close()
             raise
@@ -67,6 +92,25 @@ def serve(
         typer.echo("ready")
         os.close(1)
     daemon.serve()
+
+
+def _bytes(text: str | None) -> int | None:
+    """Return a size such as 512M or 4G in bytes."""
+    if text is None:
+        return None
+    number, unit = text.rstrip("iB").rstrip("KMGkmg"), text.rstrip("iB")[-1:].upper()
+    if not number.isdecimal() or text[:1] == "0":
+        raise UsageError(f"--memory {text}: must be a number of bytes, or one with K, M or G behind it")
+    return int(number) << {"K": 10, "M": 20, "G": 30}.get(unit, 0)
+
+
+def _gid(name: str | None) -> int | None:
+    import grp
+
+    try:
+        return None if name is None else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise UsageError(f"--group {name}: there is no such group on this machine") from None
 
 
 @app.command()
@@ -403,6 +447,39 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else f"{value:%Y-%m-%d %H:%M}" if hasattr(value, "isoformat") else str(value)
+
+
+@app.command()
+def top(
+    database: DatabaseUrl = None,
+    once: Annotated[bool, typer.Option("--once", help="Measure one interval, print it and end; so does a pipe.")] = False,
+    as_json: AsJson = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show, live, how fast each trainer is fed and who waits for whom; q ends it. With --json an object a line."""
+    from loaderd.top import top
+
+    raise typer.Exit(top(database, interval_s=interval, once=once, as_json=as_json))
+
+
+@app.command()
+def bench(
+    stream: Annotated[str | None, typer.Argument(help="A stream's name; without one, what the options choose.", show_default=False)] = None,
+    database: DatabaseUrl = None,
+    structure: Annotated[
+        list[str] | None, typer.Option(help="A structure whose masks are fed; again for more.", show_default=False)
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition over the view sample.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a batch. [default: 8]", show_default=False)] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="At least so long, to the end of an epoch; at most twice.")] = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast this machine feeds your own data with no trainer; leaves nothing in the ledger."""
+    from loaderd.bench import as_text, bench
+
+    given = {"stream": stream, "structures": structure, "where": where, "batch_size": batch_size, "database": database}
+    found = bench({name: value for name, value in given.items() if value not in (None, [])}, seconds=seconds)
+    typer.echo(json.dumps(found, indent=2) if as_json else as_text(found))
 
 
 def main() -> None:

@@ -140,7 +140,16 @@ def exists(conn: Connection, run: str, stream_id: int) -> bool:
 
 
 def begin(
-    conn: Connection, run: str, stream_id: int, definition: Definition, *, consumer_id: int, rank: int, num_ranks: int, resume: Any, versions: Any
+    conn: Connection,
+    run: str,
+    stream_id: int,
+    definition: Definition,
+    *,
+    consumer_id: int,
+    rank: int,
+    num_ranks: int,
+    resume: Any,
+    versions: Any,
 ) -> Attempt:
     """Join the run's attempt, or open the next one once the consumers of the last one are gone; commits.
 
@@ -414,9 +423,7 @@ def _give_back(
         "AND stream_id = %(stream)s AND attempt = %(attempt)s AND rank = %(rank)s AND ended_epoch >= %(epoch)s",
         whose,
     )
-    conn.execute(
-        "UPDATE consumer SET reserved_epoch = %s, reserved_to = %s WHERE id = %s", [epoch, whose.get("keep", 0), consumer_id]
-    )
+    conn.execute("UPDATE consumer SET reserved_epoch = %s, reserved_to = %s WHERE id = %s", [epoch, whose.get("keep", 0), consumer_id])
 
 
 def _owed(share: Share) -> list[Span]:
@@ -458,9 +465,7 @@ def reserve(
         ).fetchone()
         if row is not None:
             return int(row[0])
-    conn.execute(
-        "UPDATE consumer SET reserved_epoch = %s, reserved_to = %s WHERE id = %s", [epoch, upto, consumer_id], prepare=True
-    )
+    conn.execute("UPDATE consumer SET reserved_epoch = %s, reserved_to = %s WHERE id = %s", [epoch, upto, consumer_id], prepare=True)
     row = conn.execute(
         "INSERT INTO ledger (epoch_id, attempt, rank, outcome, positions, consumer) VALUES (%s, %s, %s, 'delivered', %s, %s) RETURNING id",
         [epoch_id, attempt.number, rank, positions, consumer],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,8 +151,16 @@ class Address:
 def socket_path(identity: str) -> Path:
     """Return where the user's daemon for a database listens; makes the folder, which no other user can enter.
 
-    The name carries the database's identity: a Feed never attaches to another database's daemon.
+    The name carries the database's identity: a Feed never attaches to another database's daemon. LOADERD_RUN names a folder that
+    several users share (`loaderd serve --group`); who may enter it is up to whoever made it.
+
+    Raises:
+        CatalogError: If everybody may write to the shared folder: somebody could put a daemon of his own there.
     """
+    if shared := os.environ.get("LOADERD_RUN"):
+        if not Path(shared).is_dir() or Path(shared).stat().st_mode & stat.S_IWOTH:
+            raise CatalogError(f"LOADERD_RUN={shared}: must be a folder in which not everybody may write")
+        return Path(shared) / f"loaderd-{identity}.sock"
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
     if not (runtime.is_dir() and runtime.stat().st_uid == os.getuid()):
         runtime = default_home() / "run"

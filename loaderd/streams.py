@@ -216,9 +216,7 @@ class Stream:
         self._generation = [0] * self.layout.slots
         opening = {"layout": self.layout.to_json(), "blank": definition.on_error == "blank"}
         self.workers.open(self.number, opening, (self._ring_fd, self._work_fd))
-        share = Share(
-            opened.num_samples, definition.batch_size, self.supply.client.rank, self.supply.client.num_ranks, definition.tail
-        )
+        share = Share(opened.num_samples, definition.batch_size, self.supply.client.rank, self.supply.client.num_ranks, definition.tail)
         answer = {
             "op": "attached",
             "layout": self.layout.to_json(),
@@ -330,9 +328,7 @@ class Stream:
                 upto = min(epoch.acknowledged_to, chunk.steps[1])
                 if chunk.ledger_id is not None and upto > chunk.settled_to:
                     chunk.settled_to = upto
-                    self.supply.settle(
-                        chunk.ledger_id, self._spans(epoch, chunk, chunk.steps[1]), self._spans(epoch, chunk, upto)
-                    )
+                    self.supply.settle(chunk.ledger_id, self._spans(epoch, chunk, chunk.steps[1]), self._spans(epoch, chunk, upto))
 
     # ------------------------------------------------------------------ moving batches
 
