@@ -92,7 +92,7 @@ class Database:
             # A restored dump has the row without the role, a role made by hand has no rights yet.
             login = conn.execute(
                 "SELECT l.role, l.password FROM sql_login l JOIN pg_roles r ON r.rolname = l.role "
-                "WHERE has_table_privilege(r.oid, 'sample'::regclass, 'SELECT')"
+                "WHERE has_table_privilege(r.oid, 'revoked_image'::regclass, 'SELECT')"
             ).fetchone() or make_sql_login(conn)
         role, password = login
         options = f"-c statement_timeout={int(timeout_s * 1000)} -c default_transaction_read_only=on"

@@ -328,7 +328,8 @@ def _write(
         if isinstance(result, Refused) and unreadable.get(result.entry.path) != f"{result.code}: {result.message}":
             file_id = _write_unreadable(conn, run, result)
             conn.execute(
-                "INSERT INTO flag (rule, severity, detail, file_id, raised_by) VALUES ('FILE-UNREADABLE', 'error', %s, %s, 'ingest')",
+                "INSERT INTO flag (rule, severity, detail, file_id, raised_by) VALUES ('FILE-UNREADABLE', 'error', %s, %s, 'ingest') "
+                "ON CONFLICT DO NOTHING",  # a person may have raised it before
                 [f"{result.code}: {result.message}", file_id],
             )
             run.refuse(result.entry.path, "read", result.code, result.message)

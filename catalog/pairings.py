@@ -237,7 +237,8 @@ def pair(conn: psycopg.Connection[Any], run: Run, annotations: Sequence[Annotati
         )
     if raised := conn.execute(TO_RAISE).fetchall():
         conn.cursor().executemany(
-            "INSERT INTO flag (rule, severity, detail, annotation_id, pairing_id, raised_by) VALUES (%s, 'error', %s, %s, %s, 'ingest')",
+            "INSERT INTO flag (rule, severity, detail, annotation_id, pairing_id, raised_by) VALUES (%s, 'error', %s, %s, %s, 'ingest') "
+            "ON CONFLICT DO NOTHING",
             raised,
         )
     if rejected or paired or closed or raised:

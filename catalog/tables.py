@@ -428,7 +428,7 @@ consumer = Table(
     Column("daemon_pid", Integer, nullable=False, comment="Process of the daemon."),
     Column("versions", JSONB, nullable=False, server_default="{}", comment="What the training process runs on: package → version."),
     _now("attached_at", "When it attached."),
-    Column("left_at", DateTime(timezone=True), comment="When it left or was seen to be gone; NULL while it is fed, or when its daemon died."),
+    Column("left_at", DateTime(timezone=True), comment="When it left or was seen to be gone; NULL: it is fed, or its daemon died."),
     Column("reason", Text, comment="Why it left; NULL: it said goodbye or was closed."),
     Column("reserved_epoch", Integer, comment="Epoch of its last reservation."),
     Column("reserved_to", BigInteger, comment="All its positions of that epoch before this one have a row in the ledger."),

@@ -5,7 +5,6 @@ Loads neither SQLAlchemy nor pydicom.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import select

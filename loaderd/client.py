@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catalog import __version__
-from catalog.errors import CatalogError
 from loaderd import attach, messages
 from loaderd.attach import FeedError
 from loaderd.messages import PROTOCOL, Message
@@ -330,7 +329,7 @@ class Feed:
         while self.attempt is None:
             try:
                 message = self._receive(deadline)
-            except _Lost:
+            except _LostError:
                 self._attach_again(deadline)
                 continue
             if message["op"] == "begun":
@@ -402,7 +401,7 @@ class Feed:
             while True:
                 try:
                     message = self._receive(deadline)
-                except _Lost:
+                except _LostError:
                     self._attach_again(deadline)
                     continue
                 if message["op"] == "error":
@@ -461,7 +460,7 @@ class Feed:
                 self._check()  # closed here, by a signal handler
                 message = None
             if message is None:
-                raise _Lost
+                raise _LostError
             return message
 
     def _wait(self, deadline: float) -> None:
@@ -538,7 +537,7 @@ def batches(*, epochs: int = 1, **arguments: Any) -> Iterator[tuple[NDArray[Any]
             yield batch.images, batch.masks
 
 
-class _Lost(Exception):
+class _LostError(Exception):
     """The daemon hung up without a word."""
 
 

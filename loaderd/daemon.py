@@ -400,6 +400,8 @@ def _checked(message: Message) -> int | None:
         pairs = numbers.get("acknowledged")
         if not isinstance(pairs, list) or len(pairs) > 8 or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise UsageError("a trainer that attaches again says what it acknowledged")
-        if run is None or not all(type(number) is int and 0 <= number < 2**31 for number in [*counted, *sum(pairs, [])]):
+        if run is None or not all(
+            type(number) is int and 0 <= number < 2**31 for number in [*counted, *(part for pair in pairs for part in pair)]
+        ):
             raise UsageError("a trainer that attaches again says its run, attempt, epoch and step")
     return slots

@@ -31,11 +31,12 @@ from loaderd.shares import Share, Span
 
 CONSUMER_LOCK = 1_554_427  # class of the advisory locks on consumer.id; arbitrary
 RUN_LOCK = 1_554_428  # and of those on run.id, held while an attempt is opened
+DIFFERENT_S = 3  # how long a rank waits for others that began elsewhere to be gone, until it says so
 TAKEOVER_S = 20  # how long a new attempt waits for the consumers of the one before it to be gone
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
-class FedBefore(CatalogError):
+class FedBeforeError(CatalogError):
     """The run was fed from this stream before, and nothing says where to go on."""
 
 
@@ -161,7 +162,7 @@ def begin(
     """
     run_id = _run_id(conn, run)
     conn.commit()
-    deadline = time.monotonic() + TAKEOVER_S
+    began = time.monotonic()
     while True:
         conn.execute("SELECT pg_advisory_xact_lock(%s, %s::integer)", [RUN_LOCK, run_id])
         last = newest(conn, run_id, run, stream_id)
@@ -170,14 +171,14 @@ def begin(
                 raise UsageError(f"the state is of run {run!r}, which this catalog never fed from this stream")
             found: Attempt | None = Attempt(run_id, run, stream_id, 1, num_ranks, 0, 0, 0)
         else:
-            found = _join_or_follow(conn, last, definition, consumer_id, rank, num_ranks, resume, final=time.monotonic() > deadline)
+            found = _join_or_follow(conn, last, definition, consumer_id, rank, num_ranks, resume, waited_s=time.monotonic() - began)
         if found is not None:
             break
         conn.rollback()
         time.sleep(0.05)
     conn.execute(
-        "INSERT INTO attempt (run_id, stream_id, attempt, num_ranks, epoch, step, position, versions) VALUES (%s, %s, %s, %s, %s, %s, %s, %s) "
-        "ON CONFLICT DO NOTHING",
+        "INSERT INTO attempt (run_id, stream_id, attempt, num_ranks, epoch, step, position, versions) "
+        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
         [run_id, stream_id, found.number, num_ranks, found.epoch, found.step, found.position, Jsonb(versions)],
     )
     conn.execute("UPDATE consumer SET run_id = %s, attempt = %s WHERE id = %s", [run_id, found.number, consumer_id])
@@ -186,28 +187,28 @@ def begin(
 
 
 def _join_or_follow(
-    conn: Connection, last: Attempt, definition: Definition, consumer_id: int, rank: int, num_ranks: int, resume: Any, *, final: bool
+    conn: Connection, last: Attempt, definition: Definition, consumer_id: int, rank: int, num_ranks: int, resume: Any, *, waited_s: float
 ) -> Attempt | None:
-    """Return the attempt to be fed in, None to look again a little later; with `final`, say what is in the way."""
+    """Return the attempt to be fed in, None to look again a little later; having waited long, say what is in the way."""
     live = _live(conn, last, consumer_id)
     used = conn.execute(
         "SELECT 1 FROM consumer WHERE run_id = %s AND stream_id = %s AND attempt = %s AND rank = %s AND id <> %s",
         [last.run_id, last.stream_id, last.number, rank, consumer_id],
     ).fetchone()
     start = Point(last.epoch, last.step, last.position)
-    point: Point | None
-    if isinstance(resume, dict):
+    point = None  # "last": where the others begin, else where the last attempt came to
+    if resume is None:
+        point = Point(0, 0, 0)
+    elif isinstance(resume, dict):
         point = _point_of(conn, last, definition, resume)
-    else:
-        point = Point(0, 0, 0) if resume is None else None  # "last": where the others begin, else where the last attempt came to
     if live and not used:
         if num_ranks != last.num_ranks:
-            if final:
+            if waited_s > DIFFERENT_S:
                 raise CatalogError(f"run {last.run!r}: num_ranks={num_ranks}, and its other ranks began with {last.num_ranks}")
             return None
         if point in (None, start):
             return last
-        if final or resume is None:
+        if waited_s > DIFFERENT_S or resume is None:
             if resume is None:
                 raise _fed_before(last)
             assert point is not None
@@ -219,18 +220,16 @@ def _join_or_follow(
     if resume is None:
         raise _fed_before(last)
     if live:
-        if final:
+        if waited_s > TAKEOVER_S:
             _, other, host, pid = live[0]
-            raise CatalogError(
-                f"run {last.run!r}: attempt {last.number} is still fed to rank {other} ({host}:{pid}); one attempt a run at a time: end it first"
-            )
+            raise CatalogError(f"run {last.run!r}: attempt {last.number} is still fed to rank {other} ({host}:{pid}); end it first")
         return None
     point = point or _last_point(conn, last, definition)
     return Attempt(last.run_id, last.run, last.stream_id, last.number + 1, num_ranks, point.epoch, point.step, point.position)
 
 
-def _fed_before(last: Attempt) -> FedBefore:
-    return FedBefore(
+def _fed_before(last: Attempt) -> FedBeforeError:
+    return FedBeforeError(
         f"run={last.run!r}: was fed from this stream before (attempt {last.number}); load its state (load_state_dict or resume=STATE), "
         f"pass resume='last' to go on behind what it acknowledged, or choose another name for a new training"
     )
@@ -363,8 +362,8 @@ def take_over(
         time.sleep(0.02)
     conn.execute("UPDATE consumer SET run_id = %s, attempt = %s WHERE id = %s", [run_id, number, consumer_id])
     rows = conn.execute(
-        "SELECT epoch, id, num_samples FROM epoch WHERE run_id = %(run)s AND stream_id = %(stream)s AND epoch >= %(from)s AND epoch > coalesce(("
-        "SELECT max(ended_epoch) FROM consumer WHERE run_id = %(run)s AND stream_id = %(stream)s AND attempt = %(attempt)s "
+        "SELECT epoch, id, num_samples FROM epoch WHERE run_id = %(run)s AND stream_id = %(stream)s AND epoch >= %(from)s "
+        "AND epoch > coalesce((SELECT max(ended_epoch) FROM consumer WHERE run_id = %(run)s AND stream_id = %(stream)s AND attempt = %(attempt)s "
         "AND rank = %(rank)s), -1) - 2",
         {"run": run_id, "stream": stream_id, "from": last.epoch, "attempt": number, "rank": rank},
     )
@@ -388,8 +387,8 @@ def _acknowledge_before(conn: Connection, epoch_id: int, attempt: Attempt, rank:
 
 
 def _give_back(
-    conn: Connection, attempt: Attempt, definition: Definition, epochs: dict[int, tuple[int, int]], *, consumer_id: int, rank: int, epoch: int,
-    received: int,
+    conn: Connection, attempt: Attempt, definition: Definition, epochs: dict[int, tuple[int, int]], *,
+    consumer_id: int, rank: int, epoch: int, received: int,
 ) -> None:  # fmt: skip
     """Take back what was reserved behind `received`, and settle epochs that were left before."""
     whose = {"run": attempt.run_id, "stream": attempt.stream_id, "attempt": attempt.number, "rank": rank, "epoch": epoch}

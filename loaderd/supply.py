@@ -411,7 +411,7 @@ class Supply:
             # Another rank of a new run may have come first; a run that was fed before waits for its state.
             try:
                 return self._begin_attempt(run, None).attempt
-            except ledger.FedBefore:
+            except ledger.FedBeforeError:
                 self._conn.rollback()
                 return None
         return self._begin_attempt(run, resume).attempt

@@ -193,9 +193,10 @@ def test_run_names(ingested: str, conn: psycopg.Connection) -> None:
     with Feed(structures=["inner"], run="unet-3", limit=4) as feed:
         assert feed.run == "unet-3"
         ids(feed)
-    with pytest.raises(FeedError, match=r"run='unet-3'.*attempt 1.*resume='last'.*another name"), Feed(
-        structures=["inner"], run="unet-3", limit=4
-    ) as feed:
+    with (
+        pytest.raises(FeedError, match=r"run='unet-3'.*attempt 1.*resume='last'.*another name"),
+        Feed(structures=["inner"], run="unet-3", limit=4) as feed,
+    ):
         ids(feed)
     with Feed(structures=["inner"], run="unet-3", limit=3, shuffle=False) as validation:  # another stream of the same training
         ids(validation)

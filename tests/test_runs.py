@@ -307,6 +307,19 @@ def test_prune_leaves_what_may_be_resumed_in(fed: psycopg.Connection) -> None:
     )
     assert [(row["run"], row["epoch"]) for row in runs.prune(fed, older_than=OLD).epochs] == [("a", 0), ("b", 0), ("b", 1)]
     assert left(fed) == [("a", 1), ("a", 2), ("b", 2)]
+    # Once the third attempt is through with epoch 1, that is the newest: of epoch 2 nothing counts.
+    fed.execute(
+        "INSERT INTO ledger (epoch_id, attempt, outcome, positions, acknowledged, consumer, at) SELECT epoch_id, 3, outcome, "
+        "positions - '{[0,4)}', positions - '{[0,4)}', consumer, at FROM ledger WHERE epoch_id = %s AND attempt = 2",
+        [epoch_id(fed, "a", 1)],
+    )
+    fed.execute(
+        "INSERT INTO consumer (run_id, stream_id, attempt, rank, num_ranks, host, pid, uid, daemon_pid, ended_epoch) "
+        "SELECT run_id, stream_id, 3, 0, 1, 'here', 13, 0, 9, 1 FROM attempt t JOIN run r ON r.id = t.run_id "
+        "WHERE r.name = 'a' AND attempt = 3"
+    )
+    assert fed.execute("SELECT finished, missing, twice FROM epoch_coverage WHERE run = 'a' AND epoch = 1").fetchall() == [(True, 0, 0)]
+    assert runs.prune(fed, older_than=OLD).epochs == []
 
 
 def test_prune_waits_for_the_last_acknowledgement(fed: psycopg.Connection) -> None:

@@ -151,7 +151,7 @@ WITH revoking AS (SELECT * FROM flag WHERE revokes AND state = 'open')
 SELECT image_id AS sample_id FROM revoking WHERE image_id IS NOT NULL
 UNION SELECT l.image_id FROM revoking f JOIN location l ON l.file_id = f.file_id
 UNION SELECT p.image_id FROM revoking f JOIN pairing p ON p.id = f.pairing_id
-UNION SELECT p.image_id FROM revoking f JOIN pairing p ON p.annotation_id = f.annotation_id
+UNION SELECT p.image_id FROM revoking f JOIN pairing p ON p.annotation_id = f.annotation_id AND p.state <> 'rejected'
 UNION SELECT i.id FROM revoking f JOIN instance n ON n.series_id = f.series_id JOIN image i ON i.instance_id = n.id
 UNION SELECT i.id FROM revoking f JOIN series se ON se.study_id = f.study_id JOIN instance n ON n.series_id = se.id
       JOIN image i ON i.instance_id = n.id
@@ -262,7 +262,7 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_attempt_stream_id"), "attempt", ["stream_id"])
 
-    left = "When it left or was seen to be gone; NULL while it is fed, or when its daemon died."
+    left = "When it left or was seen to be gone; NULL: it is fed, or its daemon died."
     op.create_table(
         "consumer",
         _id(),
