@@ -5,6 +5,7 @@ Loads neither SQLAlchemy nor pydicom.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -21,6 +22,7 @@ from loaderd.messages import Message
 from loaderd.workers import python
 
 START_S = 60
+ANSWER_S = 5.0  # for a daemon to answer in
 GRACE_S = 5.0  # how long `loaderd serve` has to come back by itself after a crash, until its trainers start one of their own
 _started: list[subprocess.Popen[bytes]] = []  # private daemons of this process, to be reaped
 
@@ -84,10 +86,14 @@ def _start(path: Path, url: str | None) -> socket.socket | None:
 
 def _ask(sock: socket.socket, message: Message, path: Path, timeout_s: float) -> Attached | None:
     """Attach on a connection; None if that daemon is ending."""
-    try:
+    sock.settimeout(timeout_s)
+    with contextlib.suppress(OSError):  # it refused before it heard anything, and said why
         messages.send(sock, message)
-        sock.settimeout(timeout_s)
-        reply, fds = messages.receive_fds(sock)
+    try:
+        try:
+            reply, fds = messages.receive_fds(sock)
+        except ConnectionResetError:  # reported once, ahead of what the daemon said before it closed
+            reply, fds = messages.receive_fds(sock)
     except TimeoutError:
         sock.close()
         raise FeedError(f"loaderd did not open the stream within {timeout_s:g} s; see `loaderd status`, or raise timeout_s=") from None
@@ -191,13 +197,66 @@ def _readable(fd: int, timeout_s: float) -> bool:
     return bool(poller.poll(timeout_s * 1000))
 
 
+def find(url: str | None) -> Path:
+    """Return where the daemon of a database listens. While that database is out of reach: the only daemon that the user has.
+
+    Raises:
+        DatabaseError: If it is out of reach, and there are several daemons or none.
+    """
+    try:
+        with database.open_database(url, migrate=False) as db:
+            return messages.socket_path(db.identity())
+    except DatabaseError as error:
+        there = [path for path in sorted(messages.run_folder().glob("loaderd-*.sock")) if _listens(path)]
+        if len(there) == 1:
+            return there[0]
+        if there:
+            raise DatabaseError(
+                f"{error}; without it nobody can say which of these {len(there)} daemons is meant: {', '.join(map(str, there))}"
+            ) from None
+        raise
+
+
+def _listens(path: Path) -> bool:
+    sock = connect(path)
+    if sock is not None:
+        sock.close()
+    return sock is not None
+
+
 def status(url: str | None = None) -> Message | None:
     """Return what the daemon of a database says of itself, None if there is none."""
-    with database.open_database(url, migrate=False) as db:
-        sock = connect(messages.socket_path(db.identity()))
+    return ask(find(url))
+
+
+def ask(path: Path) -> Message | None:
+    """Return the status of the daemon that listens there, None if there is none or it does not answer.
+
+    It says of as many streams at a time as a message holds.
+    """
+    sock = connect(path)
     if sock is None:
         return None
     with sock:
-        sock.settimeout(10)
-        messages.send(sock, {"op": "status"})
-        return messages.receive(sock)
+        sock.settimeout(ANSWER_S)
+        found: Message | None = None
+        after: int | None = 0
+        while after is not None:
+            with contextlib.suppress(OSError):  # it refused before it heard anything, and said why
+                messages.send(sock, {"op": "status", "after": after})
+            try:
+                page = messages.receive(sock)
+            except ConnectionResetError:
+                continue  # reported once, ahead of what it said before it closed
+            except OSError:
+                return None
+            if page is None or page.get("ending"):
+                return None
+            if page.get("op") == "error":
+                raise CatalogError(str(page.get("message")))
+            if found is None:
+                found = page
+            else:
+                found["streams"] += page["streams"]
+            after = page.pop("more", None)
+        return found

@@ -20,10 +20,10 @@ from catalog import __version__
 from catalog.database import Database, open_database
 from catalog.errors import CatalogError
 from loaderd import messages
+from loaderd.attach import ask
 from loaderd.client import Batch, Feed
 from loaderd.ledger import CONSUMER_LOCK
 from loaderd.messages import Message
-from loaderd.top import ask
 
 PAGE = 4096
 PREFIX = "bench-"  # of the runs that `forget` deletes, and of no others

@@ -50,7 +50,7 @@ def serve(
         str | None, typer.Option(help="Members of this group may attach, too, where they can reach the socket.", show_default=False)
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="End with the last trainer: how a Feed starts its own.")] = False,
-    supervisor: Annotated[int | None, typer.Option(hidden=True)] = None,
+    supervisor: Annotated[int | None, typer.Option(hidden=True, help="How `loaderd serve` starts the daemon that it watches over.")] = None,
 ) -> None:
     """Serve trainers in the foreground until Ctrl-C or SIGTERM. A Feed finds this daemon by itself; after a crash it comes back."""
     from catalog.database import open_database

@@ -231,7 +231,7 @@ class Feed:
         self._asked: tuple[int, int] | None = None  # epoch and how many more
         self._received: tuple[int, int] = (0, 0)  # epoch and step that comes next
         self._through: dict[int, int] = {}  # epoch → steps before which the trainer is through, of the last two
-        self._progress = Progress() if progress else None
+        self._progress = Progress() if progress and self.rank == 0 else None  # ranks share a terminal
         self._attach: Message = {
             "op": "attach", "protocol": PROTOCOL, "version": __version__, "stream": stream,
             "definition": {name: _plain(value) for name, value in definition.items() if value is not _UNSET},

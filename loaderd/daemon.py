@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -40,6 +41,8 @@ OF_ONE_PROCESS = 32  # of these
 HELLO_S = 10  # a connection that asks for nothing in that time is closed
 MESSAGES = 64  # of one peer in a row; then others have their turn
 SLOTS = 128
+LONGEST = 1_000  # characters of a value in the log, and of what a peer is told
+DESCRIPTORS = 8_192  # asked of the system: a trainer takes eight (socket, pidfd, ring, work, connections)
 TICK_S = 1.0
 IDLE_S = 10  # a private daemon that nobody attached to ends
 LEAVE_S = 10  # for the ledger's last rows when it ends
@@ -52,8 +55,12 @@ def say(event: str, **details: object) -> None:
 
 
 def _quoted(value: object) -> str:
-    text = str(value)
+    text = _short(str(value))  # a peer decides what is in it
     return json.dumps(text, ensure_ascii=False) if not text or any(not one.isprintable() or one in ' "=' for one in text) else text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 @dataclass(eq=False)
@@ -140,6 +147,8 @@ class Daemon:
         self._watch.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
         say("serving", database=self.database.name, socket=self.path, workers=len(self.workers.workers))
         ticked = idle = time.monotonic()
         try:
@@ -164,7 +173,7 @@ class Daemon:
     def _tick(self, now: float) -> None:
         for consumer in list(self.consumers):
             if consumer.stream is not None:
-                consumer.stream.flush()
+                self._guarded(consumer, consumer.stream.flush)
             elif now - consumer.began > HELLO_S:
                 self._part(consumer, f"nothing was asked for within {HELLO_S} s")
 
@@ -210,10 +219,15 @@ class Daemon:
     # ------------------------------------------------------------------ trainers
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             while True:
                 sock, _ = self.listening.accept()
                 self._welcome(sock)
+        except BlockingIOError:
+            pass
+        except OSError as error:  # no descriptor is left: whoever waits is let in when somebody left
+            say("cannot accept", error=error)
+            time.sleep(0.01)  # since the loop calls this again at once
 
     def _welcome(self, sock: socket.socket) -> None:
         try:
@@ -223,12 +237,16 @@ class Daemon:
             return
         known = uid in (os.getuid(), 0) or (self.group is not None and self.group in messages.peer_groups(sock))
         its = sum(consumer.pid == pid for consumer in self.consumers)
+        sock.setblocking(False)
         if not known or len(self.consumers) >= CONSUMERS or its >= OF_ONE_PROCESS:
             say("refused", peer=pid, uid=uid, connections=len(self.consumers), its_own=its)
+            full = f"has {len(self.consumers)} connections, {its} of them with this process, and takes no more for now"
+            why = full if known else "is another user's"
+            with contextlib.suppress(OSError):
+                messages.send(sock, {"op": "error", "message": f"this loaderd {why}", "ending": False, "code": 1})
             os.close(pidfd)
             sock.close()
             return
-        sock.setblocking(False)
         consumer = Consumer(sock, pid, uid, pidfd)
         self.consumers.append(consumer)
         self.loop.add(sock.fileno(), lambda: self._hear(consumer))
@@ -253,6 +271,15 @@ class Daemon:
         except Exception as error:  # whatever a peer sends must not end the daemon, which feeds others
             self._part(consumer, f"{type(error).__name__}: {error}; this is a bug in scanfeed")
 
+    def _guarded(self, consumer: Consumer, act: Callable[[], None]) -> None:
+        """Do something for one trainer; what goes wrong there ends its stream, not the daemon, which feeds others."""
+        try:
+            act()
+        except CatalogError as error:
+            self._part(consumer, str(error), error.exit_code)
+        except Exception as error:
+            self._part(consumer, f"{type(error).__name__}: {error}; this is a bug in scanfeed")
+
     def _take(self, consumer: Consumer, message: Message) -> None:
         op = message.get("op")
         if consumer.stream is not None:
@@ -261,7 +288,8 @@ class Daemon:
             else:
                 consumer.stream.asked(message)
         elif op == "status":
-            self._tell(consumer, self.status())
+            after = message.get("after", 0)
+            self._tell(consumer, self.status(after if type(after) is int else 0))
         elif op == "attach":
             self._attach(consumer, message)
         else:
@@ -275,10 +303,14 @@ class Daemon:
                 f"protocol {message.get('protocol')}; end it (kill {os.getpid()}) and start it again with the same version"
             )
         slots = _checked(message)
+        self._supplies = [one for one in self._supplies if one.alive]
+        leaving = [one for one in self._supplies if one.leaving]
+        if len(leaving) >= CONSUMERS or sum(one.client.pid == consumer.pid for one in leaving) >= OF_ONE_PROCESS:
+            raise CatalogError("many trainers are just leaving, and the database is still told of them; try again in a moment")
         client = Client(consumer.pid, consumer.uid, message["rank"], message["num_ranks"], message["versions"])
         self._streams += 1
         supply = Supply(self.database, message, client, post=lambda event: self._post(consumer, event))
-        self._supplies = [one for one in self._supplies if one.alive] + [supply]
+        self._supplies.append(supply)
         consumer.stream = Stream(
             self._streams,
             supply,
@@ -307,7 +339,13 @@ class Daemon:
 
     def _post(self, consumer: Consumer, event: Any) -> None:
         """From a supply thread: let the loop take an event."""
-        self._posted.append(lambda: consumer.stream.heard(event) if consumer.stream is not None else None)
+
+        def hear() -> None:
+            if consumer.stream is not None:
+                stream = consumer.stream
+                self._guarded(consumer, lambda: stream.heard(event))
+
+        self._posted.append(hear)
         os.eventfd_write(self._wake, 1)
 
     def _take_posted(self) -> None:
@@ -338,6 +376,7 @@ class Daemon:
             return
         self.consumers.remove(consumer)
         if reason is not None:
+            reason = _short(reason)
             say("refused" if consumer.stream is None else "stream ended", peer=consumer.pid, reason=reason)
             with contextlib.suppress(OSError, MessageError):
                 messages.send(consumer.sock, {"op": "error", "message": reason, "ending": self._ending(), "code": code})
@@ -350,8 +389,27 @@ class Daemon:
             if reason is None:
                 say("left", peer=consumer.pid, batches=consumer.stream.counters.batches)
 
-    def status(self) -> Message:
-        """Return what `loaderd status` shows."""
+    def status(self, after: int = 0) -> Message:
+        """Return what `loaderd status` shows: of the streams as many as a message holds.
+
+        "more" is the number after which the next ones come, None if there are none.
+        """
+        head = self._head()
+        streams: list[Message] = []
+        room = messages.LIMIT - messages.size({**head, "more": 2**63, "streams": []})
+        fed = [(one, one.stream) for one in self.consumers if one.stream is not None and one.stream.number > after]
+        for one, stream in sorted(fed, key=lambda pair: pair[1].number):
+            status = {"pid": one.pid, **stream.status()}
+            if messages.size(status) > room and not streams:
+                status["definition"] = _shortened(status["definition"])
+            room -= messages.size(status) + 1  # the comma
+            if room < 0:
+                break
+            streams.append(status)
+            after = stream.number
+        return {**head, "streams": streams, "more": after if len(streams) < len(fed) else None}
+
+    def _head(self) -> Message:
         return {
             "op": "status",
             "pid": os.getpid(),
@@ -368,7 +426,6 @@ class Daemon:
             "memory_bytes": self.memory,
             "outage_s": self._outage_s(),
             "revoked": len(self.revoked),
-            "streams": [{"pid": one.pid, **one.stream.status()} for one in self.consumers if one.stream is not None],
         }
 
     def _outage_s(self) -> float | None:
@@ -376,6 +433,12 @@ class Daemon:
         since = [one.stream.supply.outage_since for one in self.consumers if one.stream is not None]
         gone = [time.monotonic() - began for began in since if began is not None]
         return round(max(gone), 1) if gone else None
+
+
+def _shortened(definition: Message) -> Message:
+    """Return a definition that alone fills a message, with what makes it long cut."""
+    names = [_short(name) for name in definition["structures"][:8]]
+    return {**definition, "structures": names, "where": definition["where"] and _short(definition["where"])}
 
 
 def _checked(message: Message) -> int | None:
@@ -396,7 +459,8 @@ def _checked(message: Message) -> int | None:
     again = message.get("again")
     if again is not None:
         numbers = again if isinstance(again, dict) else {}
-        counted = [numbers.get("attempt"), numbers.get("received"), numbers.get("ahead"), numbers.get("epoch") or 0]
+        epoch = numbers.get("epoch", "missing")
+        counted = [numbers.get("attempt"), numbers.get("received"), numbers.get("ahead"), 0 if epoch is None else epoch]
         pairs = numbers.get("acknowledged")
         if not isinstance(pairs, list) or len(pairs) > 8 or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise UsageError("a trainer that attaches again says what it acknowledged")

@@ -45,6 +45,11 @@ LIVE = (
     "AND l.objid = k.id::integer::oid AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
     "WHERE k.run_id = %(run)s AND k.stream_id = %(stream)s AND k.attempt = %(attempt)s AND k.id <> %(but)s ORDER BY k.rank"
 )
+# Was this process, as this rank of as many, fed in the attempt before? Who it is the kernel says.
+ITSELF = (
+    "SELECT 1 FROM consumer k JOIN consumer me USING (rank, num_ranks, pid, uid) "
+    "WHERE k.run_id = %s AND k.stream_id = %s AND k.attempt = %s AND me.id = %s AND k.id <> me.id"
+)
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,9 @@ def _join_or_follow(
             raise CatalogError(f"run {last.run!r}: attempt {last.number} is still fed to rank {other} ({host}:{pid}); end it first")
         return None
     point = point or _last_point(conn, last, definition)
+    pruned = "SELECT 1 FROM epoch WHERE run_id = %s AND stream_id = %s AND epoch = %s AND pruned_at IS NOT NULL"
+    if conn.execute(pruned, [last.run_id, last.stream_id, point.epoch]).fetchone() is not None:
+        raise CatalogError(f"run {last.run!r}: the order of epoch {point.epoch} was pruned, so it cannot be fed again; load a later state")
     return Attempt(last.run_id, last.run, last.stream_id, last.number + 1, num_ranks, point.epoch, point.step, point.position)
 
 
@@ -281,12 +289,18 @@ def _point_of(conn: Connection, last: Attempt, definition: Definition, state: di
 
 
 def _last_point(conn: Connection, last: Attempt, definition: Definition) -> Point:
-    """Return the first step that not all ranks acknowledged."""
+    """Return the first step that not all ranks acknowledged, from the last epoch on that all of them asked for."""
+    row = conn.execute(
+        "SELECT count(*), min(k.epoch) FROM (SELECT max(reserved_epoch) AS epoch FROM consumer WHERE run_id = %s AND stream_id = %s "
+        "AND attempt = %s AND reserved_epoch IS NOT NULL GROUP BY rank) k",
+        [last.run_id, last.stream_id, last.number],
+    ).fetchone()
+    asked = row[1] if row is not None and row[0] == last.num_ranks else last.epoch
     rows = conn.execute(
         "SELECT e.epoch, e.num_samples, (SELECT range_agg(CASE WHEN l.outcome = 'delivered' THEN l.acknowledged ELSE l.positions END) "
         "FROM ledger_effective l WHERE l.epoch_id = e.id) FROM epoch e WHERE e.run_id = %s AND e.stream_id = %s "
         "AND e.started_at IS NOT NULL AND e.pruned_at IS NULL AND e.epoch >= %s ORDER BY e.epoch",
-        [last.run_id, last.stream_id, last.epoch],
+        [last.run_id, last.stream_id, max(last.epoch, asked)],
     ).fetchall()
     for epoch, num_samples, done in rows:
         share = last.share(definition, epoch, num_samples)
@@ -341,7 +355,7 @@ def take_over(
     daemon had reserved beyond that was never seen and is taken back.
 
     Raises:
-        CatalogError: If a newer attempt was opened, or its old daemon is still there.
+        CatalogError: If a newer attempt was opened, its old daemon is still there, or it is not the process that was fed.
     """
     row = conn.execute("SELECT id FROM run WHERE name = %s", [run]).fetchone()
     if row is None:
@@ -354,6 +368,9 @@ def take_over(
         if last is None or last.number != number:
             now = "none" if last is None else f"attempt {last.number}"
             raise CatalogError(f"run {run!r}: this training was in attempt {number}, and now there is {now}; it cannot go on beside it")
+        was = conn.execute(ITSELF, [run_id, stream_id, number, consumer_id]).fetchone()
+        if was is None:
+            raise CatalogError(f"run {run!r}: no rank {rank} of attempt {number} was fed to this process; it cannot go on for another one")
         if all(other != rank for _, other, _, _ in _live(conn, last, consumer_id)):
             break
         conn.rollback()
@@ -363,8 +380,8 @@ def take_over(
     conn.execute("UPDATE consumer SET run_id = %s, attempt = %s WHERE id = %s", [run_id, number, consumer_id])
     rows = conn.execute(
         "SELECT epoch, id, num_samples FROM epoch WHERE run_id = %(run)s AND stream_id = %(stream)s AND epoch >= %(from)s "
-        "AND epoch > coalesce((SELECT max(ended_epoch) FROM consumer WHERE run_id = %(run)s AND stream_id = %(stream)s AND attempt = %(attempt)s "
-        "AND rank = %(rank)s), -1) - 2",
+        "AND epoch > coalesce((SELECT max(ended_epoch) FROM consumer WHERE run_id = %(run)s AND stream_id = %(stream)s "
+        "AND attempt = %(attempt)s AND rank = %(rank)s), -1) - 2",
         {"run": run_id, "stream": stream_id, "from": last.epoch, "attempt": number, "rank": rank},
     )
     epochs: dict[int, tuple[int, int]] = {of: (epoch_id, num_samples) for of, epoch_id, num_samples in rows}

@@ -1,6 +1,7 @@
 """Which descriptors the daemon waits for, and what it does when one is readable.
 
-epoll and a dictionary. Of several events that come together, a handler may close what a later one was for; that one is then left out.
+epoll and a dictionary. Of several events that come together, a handler may close what a later one was for; that one is then left out,
+also if the number of its descriptor was given to another one meanwhile.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ class Loop:
 
     def once(self, timeout_s: float | None) -> bool:
         """Wait for something and handle it; False if nothing came in time."""
-        events = self._epoll.poll(timeout_s)
-        for fd, _ in events:
-            handler = self._handlers.get(fd)
-            if handler is not None:  # else what came before it removed it
+        events = [(fd, self._handlers.get(fd)) for fd, _ in self._epoll.poll(timeout_s)]
+        for fd, handler in events:
+            if handler is not None and self._handlers.get(fd) is handler:  # else what came before it removed it
                 handler()
         return bool(events)
 

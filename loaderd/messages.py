@@ -57,6 +57,11 @@ def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None
         sock.send(data)
 
 
+def size(message: Message) -> int:
+    """Return how many bytes a message takes as JSON."""
+    return len(_encode(message))
+
+
 def receive(sock: socket.socket) -> Message | None:
     """Return the next message, None when the peer has closed. Raises BlockingIOError if there is none yet."""
     data = sock.recv(LIMIT + 1)
@@ -107,6 +112,8 @@ def _parse(data: bytes) -> Message:
         raise MessageError("what came is not JSON") from error
     if not isinstance(message, dict):
         raise MessageError("what came is no JSON object")
+    if message.get("op") == "next":  # its numbers would be anything; packed they are whole
+        raise MessageError("what came is no next message")
     return message
 
 
@@ -124,9 +131,12 @@ def peer_pidfd(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def peer_groups(sock: socket.socket) -> set[int]:
-    """Return the groups of the process that connected."""
+    """Return the groups of the process that connected; of one with more than 256 its first one alone."""
     _, _, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * 1024)
+    try:
+        groups = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)  # bytes: Python takes no more
+    except OSError:
+        return {gid}
     return {gid, *struct.unpack(f"{len(groups) // 4}i", groups)}
 
 
@@ -149,10 +159,14 @@ class Address:
 
 
 def socket_path(identity: str) -> Path:
-    """Return where the user's daemon for a database listens; makes the folder, which no other user can enter.
+    """Return where the user's daemon for a database listens: a Feed never attaches to another database's daemon."""
+    return run_folder() / f"loaderd-{identity}.sock"
 
-    The name carries the database's identity: a Feed never attaches to another database's daemon. LOADERD_RUN names a folder that
-    several users share (`loaderd serve --group`); who may enter it is up to whoever made it.
+
+def run_folder() -> Path:
+    """Return the folder of the user's daemons, which no other user can enter; makes it.
+
+    LOADERD_RUN names a folder that several users share (`loaderd serve --group`); who may enter it is up to whoever made it.
 
     Raises:
         CatalogError: If everybody may write to the shared folder: somebody could put a daemon of his own there.
@@ -160,9 +174,9 @@ def socket_path(identity: str) -> Path:
     if shared := os.environ.get("LOADERD_RUN"):
         if not Path(shared).is_dir() or Path(shared).stat().st_mode & stat.S_IWOTH:
             raise CatalogError(f"LOADERD_RUN={shared}: must be a folder in which not everybody may write")
-        return Path(shared) / f"loaderd-{identity}.sock"
+        return Path(shared)
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nonexistent")
     if not (runtime.is_dir() and runtime.stat().st_uid == os.getuid()):
         runtime = default_home() / "run"
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return runtime / f"loaderd-{identity}.sock"
+    return runtime

@@ -31,6 +31,7 @@ from loaderd.supply import CHUNK, Begun, Event, Failed, Fetched, Opened, Planned
 from loaderd.workers import Workers
 
 FETCHED_AHEAD = 2 * CHUNK  # positions; a crash reports at most these and one chunk more as delivered than were
+PLANNED_AHEAD = 16  # epochs that a trainer may ask for and leave before they are planned
 DEADLY = 2  # workers that a sample may kill until it is left out
 UNREADABLE_SHARE = 0.01  # of an epoch; beyond it the storage is at fault, not single files
 
@@ -146,6 +147,7 @@ class Stream:
         self._killers: set[int] = set()  # samples
         self._epochs: deque[Epoch] = deque()
         self._ahead = 0  # epochs that the trainer wants after the one it asked for
+        self._beginning = False  # an attempt is being opened
         self._closed = False
         self._since = time.monotonic()
         self._waits_for = "trainer"
@@ -242,6 +244,7 @@ class Stream:
     def _enter(self, begun: Begun) -> None:
         for epoch in list(self._epochs):
             self._drop(epoch)
+        self._beginning = False
         self.run = begun.attempt.run
         self._tell({"op": "begun", **_where(begun)})
         self._prepare(begun.attempt.epoch)
@@ -290,7 +293,11 @@ class Stream:
         if op == "begin":
             if any(epoch.asked for epoch in self._epochs):
                 raise MessageError("a state comes too late: an epoch was asked for already")
-            self.supply.begin_attempt(*check_resume(message.get("run"), message.get("resume")))
+            if self._beginning:
+                raise MessageError("a state comes while another one is being loaded")
+            resume = check_resume(message.get("run"), message.get("resume"))
+            self._beginning = True
+            self.supply.begin_attempt(*resume)
         elif op == "epoch":
             self._ask(message["epoch"], message["ahead"])
         self._pump()
@@ -298,6 +305,8 @@ class Stream:
     def _ask(self, number: int, ahead: int) -> None:
         if self.layout is None or not hasattr(self.supply, "attempt"):
             raise MessageError("an epoch was asked for before the run was begun")
+        if self.supply.planning > PLANNED_AHEAD:
+            raise MessageError("epochs were asked for faster than they are planned")
         self._ahead = ahead
         while self._epochs and self._epochs[0].number < number:
             self._drop(self._epochs[0])

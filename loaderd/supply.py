@@ -189,11 +189,11 @@ class Supply:
 
     def begin_attempt(self, run: str, resume: Any) -> None:
         """Join or open the attempt; posts `Begun`."""
-        self._commands.put(lambda: self._begin_attempt(run, resume))
+        self._commands.put(lambda: None if self._closing.is_set() else self._begin_attempt(run, resume))
 
     def plan(self, epoch: int) -> None:
         """Plan an epoch ahead; posts `Planned`."""
-        self._plans.put(lambda: self._plan(epoch))
+        self._plans.put(lambda: None if self._closing.is_set() else self._plan(epoch))
 
     def begin(self, plan: Plan, steps: Span | None) -> None:
         """Make an epoch final if the catalog is still as it was: posts `Started`, else plans again and posts `Started` with that."""
@@ -240,7 +240,7 @@ class Supply:
 
     def close(self, reason: str | None = None) -> None:
         """Carry out what settles the ledger, then end; what would feed more is left out."""
-        self.reason = reason
+        self.reason = reason or self.reason
         self._closing.set()
         self._commands.put(None)
 
@@ -248,6 +248,16 @@ class Supply:
     def alive(self) -> bool:
         """Is it still carrying out commands?"""
         return self._thread.is_alive()
+
+    @property
+    def leaving(self) -> bool:
+        """Is its trainer gone?"""
+        return self._closing.is_set()
+
+    @property
+    def planning(self) -> int:
+        """How many epochs are still to be planned."""
+        return self._plans.qsize()
 
     def join(self, timeout_s: float) -> None:
         """Wait until it ended, after `close`."""
@@ -259,13 +269,13 @@ class Supply:
         """Open the stream, then carry out commands until `close`."""
         planning = threading.Thread(target=self._carry_out, args=(self._plans,), name="planner", daemon=True)
         try:
-            if not self._guarded(self._open):
-                return
-            planning.start()
-            self._carry_out(self._commands)
-            self._plans.put(None)
-            planning.join()
-            self._guarded(self._leave)
+            if not self._closing.is_set() and self._guarded(self._open):
+                planning.start()
+                self._carry_out(self._commands)
+                self._plans.put(None)
+                planning.join()
+            if self._consumer_id:
+                self._guarded(self._leave)
         finally:
             if self._planner is not None:
                 self._planner.close()
@@ -299,6 +309,8 @@ class Supply:
                 event = Failed(CatalogError(f"{type(error).__name__}: {error}; this is a bug in scanfeed"))
             break
         self._again = False
+        if isinstance(event, Failed):
+            self.reason = self.reason or str(event.error)
         if event is not None:
             self.post(event)
         return not isinstance(event, Failed)
@@ -553,6 +565,7 @@ class Supply:
         self._conn.commit()
 
     def _leave(self) -> None:
+        self._conn.rollback()  # of a command that failed
         self._forget_provisional()
         ledger.leave(self._conn, self._consumer_id, self.reason)
         self._conn.commit()

@@ -24,13 +24,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from catalog.database import open_database
 from catalog.errors import CatalogError
-from loaderd import attach, messages
+from loaderd import attach
 from loaderd.messages import Message
 
 SHORTEST_S = 0.1  # ten updates a second
-ANSWER_S = 5.0  # for the daemon to answer in
 WIDE = 150  # columns from which a consumer has one line instead of five
 PIPE_COLUMNS = 160  # where the output is no terminal and COLUMNS is not set
 SMOOTHED = 10  # intervals over which the time left is taken: a step may take longer than one
@@ -83,9 +81,8 @@ def top(url: str | None, *, interval_s: float = 1.0, once: bool = False, as_json
     Raises:
         CatalogError: If there is no daemon, or with `once` if it ends within the interval.
     """
-    with open_database(url, migrate=False) as db:
-        path = messages.socket_path(db.identity())
-    first = ask(path)
+    path = attach.find(url)
+    first = attach.ask(path)
     if first is None:
         raise CatalogError(NOBODY)
     interval_s = max(SHORTEST_S, interval_s)
@@ -111,25 +108,6 @@ def top(url: str | None, *, interval_s: float = 1.0, once: bool = False, as_json
     return 0
 
 
-def ask(path: Path) -> Message | None:
-    """Return the status of the daemon that listens there, None if there is none or it does not answer."""
-    sock = attach.connect(path)
-    if sock is None:
-        return None
-    with sock:
-        sock.settimeout(ANSWER_S)
-        try:
-            messages.send(sock, {"op": "status"})
-            reply = messages.receive(sock)
-        except OSError:
-            return None
-    if reply is not None and reply.get("op") == "error":
-        if reply.get("ending"):
-            return None
-        raise CatalogError(str(reply.get("message")))
-    return reply
-
-
 def _watch(console: Console, path: Path, first: Message, interval_s: float) -> None:
     with _keyboard() as wait, Live(console=console, screen=True, auto_refresh=False) as live:
         live.update(render(first, rates({}, first, 0.0), *console.size), refresh=True)
@@ -142,7 +120,7 @@ def _intervals(path: Path, first: Message, interval_s: float, wait: Callable[[fl
     """Yield interval after interval until `wait` says that it is enough."""
     polls = deque([(time.monotonic(), first)], maxlen=SMOOTHED + 1)
     while not wait(interval_s):
-        status, now = ask(path), time.monotonic()
+        status, now = attach.ask(path), time.monotonic()
         then, before = polls[-1]
         if status is None:
             yield Interval(interval_s, None, [], gone_s=now - then)

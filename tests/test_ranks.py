@@ -131,6 +131,26 @@ def test_resume_last_goes_on_behind_what_was_acknowledged(ingested: str, conn: p
     assert coverage(conn, "x") == [(0, N, N, 0, 0, 0, True)]
 
 
+def test_resume_last_leaves_an_epoch_that_was_left(ingested: str, conn: psycopg.Connection) -> None:
+    """An epoch that the trainer left early is over: `resume="last"` goes on behind the one that it went on to."""
+    with Feed(structures=["inner"], batch_size=2, seed=2, slots=4, run="x") as feed:
+        take(feed, 1)
+        take(feed, 2)
+    with Feed(structures=["inner"], batch_size=2, seed=2, run="x", resume="last") as feed:
+        assert ids(feed) == [order(conn, 2, 1)[2:]]
+
+
+def test_a_pruned_epoch_is_not_fed_again(ingested: str, loaderd: Run) -> None:
+    """A state that lies in an epoch whose order was pruned is refused with the remedy."""
+    with Feed(structures=["inner"], batch_size=2, run="x") as feed:
+        take(feed, 1)
+        state = feed.state_dict()
+        ids(feed, 3)
+    assert loaderd("prune", "--run", "x", "--keep", "1").returncode == 0
+    with pytest.raises(FeedError, match=r"epoch 0 was pruned.*later state"):
+        Feed(structures=["inner"], batch_size=2, resume=state)
+
+
 def test_one_attempt_at_a_time(ingested: str, monkeypatch: pytest.MonkeyPatch, loaderd: Run) -> None:
     """While a run is fed, a second training of that name waits for it to be gone, and goes on as soon as it is."""
     with Feed(structures=["inner"], batch_size=2, run="x") as feed:

@@ -11,12 +11,11 @@ from pathlib import Path
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-def test_the_five_things(database_url: str, studies: Path, tmp_path: Path) -> None:
-    """Every command and Python block under "The five things", copied out in order, runs without an error on a fresh catalog."""
-    section = re.search(r"^## The five things$(.*?)^## ", README, re.M | re.S)
-    assert section is not None
-    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", section[1], re.M | re.S)
-    assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh"]
+def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None:
+    """Every command and Python block under "The five things" and "Trainings that go on", copied out in order, runs without an error."""
+    sections = [re.search(rf"^## {title}$(.*?)^## ", README, re.M | re.S) for title in ("The five things", "Trainings that go on")]
+    blocks = [found for section in sections if section for found in re.findall(r"^```(sh|python)\n(.*?)^```", section[1], re.M | re.S)]
+    assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh", "python", "sh", "sh"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []
     for kind, written in blocks:
@@ -30,3 +29,4 @@ def test_the_five_things(database_url: str, studies: Path, tmp_path: Path) -> No
     assert (tmp_path / "overlay.png").stat().st_size > 10_000
     assert "ejection_fraction" in printed[3] and "SYN0003" in printed[3]
     assert re.search(r" 0  +0\n", printed[5])
+    assert "unet-3" in printed[7] and "9f86d081" in printed[7] and "unet-3" in printed[8]
