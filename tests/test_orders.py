@@ -6,6 +6,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -17,6 +18,7 @@ from catalog import database, ingest
 from catalog.errors import UsageError
 from loaderd import ledger, orders
 from loaderd.orders import Definition
+from tests.processes import wait_until
 
 INNER = Definition(structures=("inner",), seed=7)
 
@@ -25,7 +27,7 @@ def plan(url: str, definition: Definition, epoch: int, run: str = "test") -> tup
     """Return the stored order of an epoch as (sample keys, annotation ids)."""
     with database.open_database(url) as db, db.connect() as conn:
         stream_id = ledger.open_stream(conn, definition)
-        run_id, _ = ledger.open_run(conn, run, stream_id)
+        run_id = make_run(conn, run)
         conn.commit()
         planner = orders.Planner(db, definition, run_id, stream_id)
         found = orders.shapes(planner.reading, definition)
@@ -46,6 +48,13 @@ def plan(url: str, definition: Definition, epoch: int, run: str = "test") -> tup
         ).fetchone()
     assert rows is not None and drawn is not None
     return rows[0], drawn[0] or []
+
+
+def make_run(conn: psycopg.Connection, name: str) -> int:
+    query = "INSERT INTO run (name, program_version, host) VALUES (%s, '', '') ON CONFLICT (name) DO UPDATE SET host = '' RETURNING id"
+    row = conn.execute(query, [name]).fetchone()
+    assert row is not None
+    return row[0]
 
 
 def take_in(url: str, folder: Path) -> None:
@@ -138,13 +147,13 @@ def test_next_epoch_permutes_the_last_one(
     monkeypatch.setattr(orders, "selection", lambda given, call=orders.selection: selected.append(1) or call(given))
     with database.open_database(database_url) as db:
         stream_id = ledger.open_stream(conn, definition)
-        run_id, _ = ledger.open_run(conn, "one planner", stream_id)
+        run_id = make_run(conn, "one planner")
         planner = orders.Planner(db, definition, run_id, stream_id)
         plans = [planner.plan(epoch, (64, 64), 48) for epoch in range(3)]
-        assert len(selected) == 1
+        assert selected == []  # an earlier run of the stream was planned on the same catalog
         conn.execute("INSERT INTO flag (rule, severity, detail, image_id, raised_by) SELECT 'T', 'error', '', min(id), 't' FROM image")
         fewer = planner.plan(3, (64, 64), 48)
-        assert len(selected) == 2
+        assert len(selected) == 1
         planner.close()
     rows = "SELECT sample_ids, annotation_ids FROM epoch_order WHERE epoch_id = %s ORDER BY part"
     for made, (keys, drawn) in zip(plans, expected, strict=True):
@@ -153,6 +162,56 @@ def test_next_epoch_permutes_the_last_one(
         named = dict(conn.execute("SELECT id, sample_key::text FROM image").fetchall())
         assert [named[sample] for sample in samples] == keys
     assert fewer.num_samples in (plans[0].num_samples, plans[0].num_samples - 1)
+
+
+def test_ranks_that_race_find_one_order(database_url: str, studies: Path, conn: psycopg.Connection) -> None:
+    """Several planners of one run that plan an epoch at once, while the catalog changes, have one order between them."""
+    take_in(database_url, studies)
+    with database.open_database(database_url) as db:
+        run_id, stream_id = make_run(conn, "r"), ledger.open_stream(conn, INNER)
+        planners = [orders.Planner(db, INNER, run_id, stream_id) for _ in range(4)]
+        with ThreadPoolExecutor(5) as pool:
+            flags = "INSERT INTO flag (rule, severity, detail, image_id, raised_by) SELECT %s, 'error', '', min(id), 't' FROM image"
+            plans = [pool.submit(lambda one=one: [one.plan(epoch, (64, 64), 12).epoch_id for epoch in range(3)]) for one in planners]
+            for number in range(10):
+                conn.execute(flags, [str(number)])
+            found = list(zip(*(future.result() for future in plans), strict=True))
+        # A plan that nobody began is made again when the catalog moved: whoever came last has the one that stands.
+        for epoch, ids in enumerate(found):
+            [(stands, stored)] = conn.execute(
+                "SELECT id, num_samples FROM epoch WHERE run_id = %s AND epoch = %s AND order_sha256 IS NOT NULL", [run_id, epoch]
+            ).fetchall()
+            assert stands == max(ids)
+            counted = "SELECT sum(cardinality(sample_ids)) FROM epoch_order WHERE epoch_id = %s"
+            assert conn.execute(counted, [stands]).fetchone() == (stored,)
+        for planner in planners:
+            planner.close()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_planner_that_dies_behind_the_first_positions(
+    database_url: str, studies: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Its order is completed if somebody was fed from it, else made anew; either way it is what it would have been."""
+    take_in(database_url, studies)
+    whole = plan(database_url, INNER, 0, run="whole")
+    for name, value in (("PART", 4), ("FIRST", 4), ("LARGE", 1)):
+        monkeypatch.setattr(orders, name, value)
+    with database.open_database(database_url) as db, monkeypatch.context() as dying:
+        dying.setattr(orders.Planner, "_store_behind", lambda self, plan, shape: None)
+        planner = orders.Planner(db, INNER, make_run(conn, "cut off"), ledger.open_stream(conn, INNER))
+        first = planner.plan(0, (64, 64), 12)
+        assert (first.stored, first.num_samples) == (4, 12)
+        other = orders.Planner(db, INNER, make_run(conn, "cut off"), ledger.open_stream(conn, INNER))
+        assert other.plan(0, (64, 64), 12).foreign  # while the first one lives it is waited for
+        other.close()
+        planner.close()
+        if begun:
+            ledger.start_epoch(conn, first.epoch_id, unchanged=False)
+    assert wait_until(lambda: conn.execute("SELECT count(*) FROM pg_locks WHERE classid = %s", [orders.PLANNER_LOCK]).fetchone() == (0,))
+    assert plan(database_url, INNER, 0, run="cut off") == whole
+    kept = conn.execute("SELECT max(e.id) FROM epoch e JOIN run r ON r.id = e.run_id WHERE r.name = 'cut off'").fetchone()
+    assert (kept == (first.epoch_id,)) == begun
 
 
 def test_where_stands_alone(database_url: str, studies: Path) -> None:

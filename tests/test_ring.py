@@ -158,6 +158,7 @@ def test_a_strange_client_harms_nobody(ingested: str, loaderd: Callable[..., obj
             sock.connect(str(path))
             sock.send(json.dumps({"op": "attach", "protocol": 999, "version": "9"}).encode())
             assert "protocol 999" in json.loads(sock.recv(messages.LIMIT))["message"]
+        attaching = {"definition": {}, "rank": 0, "num_ranks": 1, "versions": {}}
         for data in (
             b"{}",
             b'{"op":"epoch"}',
@@ -169,7 +170,7 @@ def test_a_strange_client_harms_nobody(ingested: str, loaderd: Callable[..., obj
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                 sock.connect(str(path))
                 sock.settimeout(10)
-                sock.send(json.dumps({"op": "attach", "protocol": messages.PROTOCOL, "definition": {}}).encode())
+                sock.send(json.dumps({"op": "attach", "protocol": messages.PROTOCOL, **attaching}).encode())
                 reply, fds = messages.receive_fds(sock)
                 assert reply is not None and reply["op"] == "attached"
                 os.close(fds[0])

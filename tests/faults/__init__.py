@@ -1,0 +1,1 @@
+"""Trainings under SIGKILL: `harness` runs one, `trainer` is what it kills and starts again, `inject` kills at chosen points."""
