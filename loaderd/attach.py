@@ -24,6 +24,7 @@ from loaderd.workers import python
 START_S = 60
 ANSWER_S = 5.0  # for a daemon to answer in
 GRACE_S = 5.0  # how long `loaderd serve` has to come back by itself after a crash, until its trainers start one of their own
+FASTER_S = 2.0  # how long to look for another daemon where ours could not start
 _started: list[subprocess.Popen[bytes]] = []  # private daemons of this process, to be reaped
 
 
@@ -78,10 +79,19 @@ def _start(path: Path, url: str | None) -> socket.socket | None:
         raise FeedError(f"no loaderd serves in {path.parent}, and this user may not start one there; see `loaderd serve --group`") from None
     with starting:
         sock = connect(path)
-        if sock is None:
+        if sock is not None:
+            return sock
+        try:
             _start_private(url)
-            sock = connect(path)
-        return sock
+        except FeedError:
+            # `loaderd serve` may have been faster, and listen in a moment.
+            deadline = time.monotonic() + FASTER_S
+            while (sock := connect(path)) is None:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            return sock
+        return connect(path)
 
 
 def _ask(sock: socket.socket, message: Message, path: Path, timeout_s: float) -> Attached | None:

@@ -131,19 +131,28 @@ def status(
 
 def _as_text(found: Message) -> str:
     lines = [
-        f"loaderd {found['version']}, pid {found['pid']}, up {found['uptime_s']:.0f} s, {'private, ' if found['private'] else ''}"
+        f"loaderd {found['version']}, pid {found['pid']}, up {found['uptime_s']:.0f} s, "
+        f"{'private, ' if found['private'] else 'supervised, ' if found['supervised'] else ''}"
         f"{len(found['workers'])} workers ({found['workers_replaced']} replaced)",
         f"  database  {found['database']}",
         f"  socket    {found['socket']}",
+        f"  rings     {found['ring_bytes'] / 2**20:.0f} MiB"
+        + (f" of {found['memory_bytes'] / 2**20:.0f}" if found["memory_bytes"] else ""),
     ]
+    if found["outage_s"]:
+        lines.append(f"  PostgreSQL has been out of reach for {found['outage_s']:.0f} s; what is reserved is fed, the rest waits")
+    if found["revoked"]:
+        lines.append(f"  {found['revoked']} images are revoked and not fed")
     for stream in found["streams"]:
         definition = stream["definition"]
         fast = 100 * stream["by_offset"] / stream["decoded"] if stream["decoded"] else 0
         lines += [
-            f"  trainer {stream['pid']}, run {stream['run']}: {', '.join(definition['structures']) or 'images'}, "
-            f"batch size {definition['batch_size']}, seed {definition['seed']}",
-            f"    epoch {stream['epoch']}, position {stream['position']} of {stream['num_samples']}; {stream['batches']} batches, "
-            f"{stream['samples']} samples ({fast:.0f} % by offset), {stream['unreadable']} unreadable",
+            f"  trainer {stream['pid']}, rank {stream['rank']} of {stream['num_ranks']}, run {stream['run']}, attempt {stream['attempt']}",
+            f"    {stream['stream'] or 'unnamed stream'}: {', '.join(definition.get('structures', ())) or 'images'}, "
+            f"batch size {definition.get('batch_size')}, seed {definition.get('seed')}",
+            f"    epoch {stream['epoch']}, step {stream['announced']} of {stream['steps']}, position {stream['position']} of "
+            f"{stream['num_samples']}; {stream['batches']} batches, {stream['samples']} samples ({fast:.0f} % by offset), "
+            f"{stream['unreadable']} unreadable, {stream['revoked']} revoked",
             f"    ring {stream['ring_bytes'] / 2**20:.0f} MiB: {stream['slots']} slots, {stream['leased']} announced or held, "
             f"{stream['decoding']} decoding, {stream['free']} free",
         ]

@@ -107,7 +107,7 @@ class Daemon:
         self._streams = 0
         path.unlink(missing_ok=True)
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        old = os.umask(0o077)
+        old = os.umask(0o177)
         try:
             with messages.Address(path) as name:
                 self.listening.bind(name)

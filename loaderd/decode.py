@@ -10,6 +10,7 @@ UID and the same pixels are fed, and reported so that the row is brought up; any
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -252,4 +253,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the daemon was killed: as if it had hung up
+        main()

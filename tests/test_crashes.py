@@ -161,6 +161,7 @@ def test_killed_daemon_comes_back(
         assert (held[0][0] == held[0][1]).all()
     assert len(killed) == 3 and caplog.text.count("attached again") == 3
     assert conn.execute("SELECT DISTINCT planned - delivered, missing, twice, finished FROM epoch_coverage").fetchall() == [(0, 0, 0, True)]
+    assert conn.execute("SELECT count(*) FROM epoch_coverage WHERE run = 'r' AND acknowledged = planned").fetchone() == (6,)
     if kind == "private":
         assert wait_until(lambda: daemons() == [])
         assert leftovers() == before

@@ -387,6 +387,11 @@ def test_flags_act_on_the_next_epoch(ingested: str, conn: psycopg.Connection) ->
                 )
     assert len(seen[0]) == feed.num_samples + 1
     assert sorted(seen[1]) == sorted(set(seen[0]) - {flagged})
+    conn.execute(
+        "INSERT INTO flag (rule, severity, detail, image_id, raised_by) VALUES ('TEST', 'error', 'wrong', %s, 'test')", [seen[1][0]]
+    )
+    with Feed(structures=["inner"], batch_size=4, seed=1) as again:  # not what its last epoch had
+        assert again.num_samples == len(seen[0]) - 2
     with Feed(structures=["inner"], include_flagged=True) as everything:
         assert everything.num_samples == len(seen[0])
 

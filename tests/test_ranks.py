@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 
 from loaderd import Feed, FeedError
 from loaderd.workers import python
-from tests.processes import daemons, wait_until
+from tests.processes import daemons, wait_until, workers
 from tests.test_feed import ids, order
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -135,6 +136,7 @@ def test_resume_last_leaves_an_epoch_that_was_left(ingested: str, conn: psycopg.
     """An epoch that the trainer left early is over: `resume="last"` goes on behind the one that it went on to."""
     with Feed(structures=["inner"], batch_size=2, seed=2, slots=4, run="x") as feed:
         take(feed, 1)
+        time.sleep(0.5)  # more is announced by now, which it never looks at
         take(feed, 2)
     with Feed(structures=["inner"], batch_size=2, seed=2, run="x", resume="last") as feed:
         assert ids(feed) == [order(conn, 2, 1)[2:]]
@@ -338,5 +340,56 @@ def test_revocation_keeps_the_shape_where_asked_to(ingested: str, conn: psycopg.
     with Feed(structures=["inner"], batch_size=4, seed=3, on_error="blank", resume=state) as feed:
         batch = next(iter(feed.epoch()))
         assert batch.valid.tolist() == [True, False, True, True]
-        assert batch.sample_ids.tolist()[1] == -1 and not batch.images[1].any() and batch.masks is not None and not batch.masks[1].any()
+        assert batch.sample_ids.tolist()[1] == -1
+        assert not batch.images[1].any() and batch.masks is not None and not batch.masks[1].any()
+    with Feed(structures=["inner"], include_flagged=True) as feed:  # a flag is one thing, a revocation another
+        assert victim not in ids(feed)[0] and feed.num_samples == N - 1
     assert daemons() == []
+
+
+def test_revocation_reaches_what_is_decoded_already(ingested: str, conn: psycopg.Connection, catalog: Run) -> None:
+    """A batch that was decoded but not announced when its patient was withdrawn is made again without."""
+    expected = order(conn, 3, 0)
+    with Feed(structures=["inner"], batch_size=1, seed=3, slots=10, run="r") as feed:
+        for pid in workers():
+            os.kill(pid, signal.SIGSTOP)
+        got: list[list[int]] = []
+        trainer = threading.Thread(target=lambda: got.extend(batch.sample_ids.tolist() for batch in feed.epoch()))
+        trainer.start()
+        time.sleep(1.0)
+        os.kill(workers()[0], signal.SIGCONT)  # it decodes its share; the other one has the first batch or the second
+        time.sleep(1.0)
+        announced = json.loads(subprocess.run([sys.executable, "-m", "loaderd", "status", "--json"], capture_output=True, cwd="/").stdout)
+        assert catalog("patient", "withdraw", "SYN0002").returncode == 0
+        time.sleep(1.0)
+        for pid in workers():
+            os.kill(pid, signal.SIGCONT)
+        trainer.join()
+        seen = flat(got)
+    gone = {sample for (sample,) in conn.execute("SELECT sample_id FROM sample WHERE patient = 'SYN0002' AND structure = 'inner'")}
+    before = announced["streams"][0]["announced"]
+    assert seen == [sample for at, sample in enumerate(expected) if at < before or sample not in gone]
+    assert before < N - 4
+
+
+def test_ranks_agree_while_the_catalog_changes(ingested: str, conn: psycopg.Connection, tmp_path: Path) -> None:
+    """Flags come all the time while three ranks on two daemons begin their epochs: each epoch has one order, dealt out once."""
+    done = threading.Event()
+
+    def change(url: str) -> None:
+        with psycopg.connect(url, autocommit=True) as changing:
+            flags = "INSERT INTO flag (rule, severity, detail, image_id, raised_by) SELECT %s, 'warning', '', min(id), 't' FROM image"
+            while not done.wait(0.01):
+                changing.execute(flags, [str(time.monotonic())])
+
+    with two_hosts(tmp_path) as folders:
+        changing = threading.Thread(target=change, args=(ingested,))
+        changing.start()
+        try:
+            results = group({"batch_size": 1, "run": "ddp"}, 3, folders=folders)
+        finally:
+            done.set()
+            changing.join()
+    for epoch in range(9):
+        assert together(results, epoch) == order(conn, 9, epoch)
+    assert coverage(conn, "ddp") == [(epoch, N, N, 0, 0, 0, True) for epoch in range(9)]

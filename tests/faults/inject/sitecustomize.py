@@ -105,7 +105,7 @@ def _patch(made: type[Any]) -> None:
         made._read = _deadly(made._read)
 
 
-def _make(function: Callable[..., Any], name: str, *bases: Any, **named: Any) -> Any:
+def _make(function: Callable[..., Any], name: str, /, *bases: Any, **named: Any) -> Any:
     made = _make_class(function, name, *bases, **named)
     # `loaderd.decode` is the main module of a worker.
     if made.__module__.startswith("loaderd.") or (made.__module__ == "__main__" and name == "Decoder"):
