@@ -10,7 +10,7 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.tom
 NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench integration lock clean
+.PHONY: help venv demo test lint soak bench integration lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -27,6 +27,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(VENV)/.dev ## trainings under some 250 deaths, with a summary; a quarter of an hour
+	$(BIN)/python -m pytest -m soak -s -q tests/test_soak.py
 
 bench: $(VENV)/.bench ## feeding, measured; installs torch
 	$(BIN)/python benchmarks/feed.py

@@ -309,7 +309,7 @@ class Daemon:
             raise CatalogError("many trainers are just leaving, and the database is still told of them; try again in a moment")
         client = Client(consumer.pid, consumer.uid, message["rank"], message["num_ranks"], message["versions"])
         self._streams += 1
-        supply = Supply(self.database, message, client, post=lambda event: self._post(consumer, event))
+        supply = Supply(self.database, message, client, post=lambda event: self._post(consumer, event), say=say)
         self._supplies.append(supply)
         consumer.stream = Stream(
             self._streams,

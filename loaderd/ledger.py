@@ -126,13 +126,16 @@ def unused_name(conn: Connection) -> str:
     return str(row[0])
 
 
-def seen(conn: Connection, stream_id: int) -> tuple[int, int, int] | None:
-    """Return (rows, columns, samples) of what this stream fed last, if the catalog is still as it was; None: it must be looked at."""
+def seen(conn: Connection, stream_id: int, *, going_on: bool) -> tuple[int, int, int] | None:
+    """Return (rows, columns, samples) of what this stream fed last; None: it must be looked at.
+
+    Only if the catalog is still as it was, except where a run goes on: it is fed from an order that is there.
+    """
     row = conn.execute(
         "SELECT i.rows, i.columns, e.num_samples FROM epoch e JOIN epoch_order o ON o.epoch_id = e.id AND o.part = 0 "
         "JOIN image i ON i.id = o.sample_ids[1] WHERE e.stream_id = %s AND e.order_sha256 IS NOT NULL "
-        "AND e.catalog_changes = (SELECT count(*) FROM catalog_change) ORDER BY e.id DESC LIMIT 1",
-        [stream_id],
+        "AND (%s OR e.catalog_changes = (SELECT count(*) FROM catalog_change)) ORDER BY e.id DESC LIMIT 1",
+        [stream_id, going_on],
     ).fetchone()
     return None if row is None else (row[0], row[1], row[2])
 
@@ -181,6 +184,9 @@ def begin(
             break
         conn.rollback()
         time.sleep(0.05)
+    if last is not None and found.number != last.number and found.step == 0:
+        of = _attempt(conn, last, resume["attempt"]) if isinstance(resume, dict) else last
+        _drop_rest(conn, of or last, definition, found.epoch - 1)
     conn.execute(
         "INSERT INTO attempt (run_id, stream_id, attempt, num_ranks, epoch, step, position, versions) "
         "VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
@@ -268,13 +274,9 @@ def _run_id(conn: Connection, run: str) -> int:
 
 def _point_of(conn: Connection, last: Attempt, definition: Definition, state: dict[str, Any]) -> Point:
     """Return where a state goes on: its step counts batches of the number of ranks that its attempt had."""
-    row = conn.execute(
-        "SELECT attempt, num_ranks, epoch, step, position FROM attempt WHERE run_id = %s AND stream_id = %s AND attempt = %s",
-        [last.run_id, last.stream_id, state["attempt"]],
-    ).fetchone()
-    if row is None:
+    of = _attempt(conn, last, state["attempt"])
+    if of is None:
         raise UsageError(f"the state is of attempt {state['attempt']} of run {last.run!r}, which this catalog does not know")
-    of = Attempt(last.run_id, last.run, last.stream_id, *row)
     epoch, step = int(state["epoch"]), int(state["step"])
     counted = conn.execute(
         "SELECT num_samples FROM epoch WHERE run_id = %s AND stream_id = %s AND epoch = %s AND started_at IS NOT NULL",
@@ -283,9 +285,32 @@ def _point_of(conn: Connection, last: Attempt, definition: Definition, state: di
     share = of.share(definition, epoch, counted[0] if counted else 0)
     if not share.first_step <= step <= share.steps or (epoch, step) < (of.epoch, of.step):
         raise UsageError(f"the state is of epoch {epoch}, step {step}, which attempt {of.number} of run {last.run!r} never had")
-    if counted is not None and step >= share.steps:
+    if counted is not None and step >= share.steps and step > share.first_step:  # else it did not come to that epoch yet
         return Point(epoch + 1, 0, 0)
     return Point(epoch, step, share.begins(step))
+
+
+def _attempt(conn: Connection, last: Attempt, number: int) -> Attempt | None:
+    """Return an earlier attempt of the same run and stream."""
+    row = conn.execute(
+        "SELECT attempt, num_ranks, epoch, step, position FROM attempt WHERE run_id = %s AND stream_id = %s AND attempt = %s",
+        [last.run_id, last.stream_id, number],
+    ).fetchone()
+    return None if row is None else Attempt(last.run_id, last.run, last.stream_id, *row)
+
+
+def _drop_rest(conn: Connection, of: Attempt, definition: Definition, epoch: int) -> None:
+    """The next attempt begins behind this epoch: note what nobody got of it, if trainers and daemon died before that was written."""
+    row = conn.execute(
+        "SELECT id, num_samples FROM epoch WHERE run_id = %s AND stream_id = %s AND epoch = %s AND started_at IS NOT NULL "
+        "AND pruned_at IS NULL",
+        [of.run_id, of.stream_id, epoch],
+    ).fetchone()
+    if row is None or epoch < of.epoch:
+        return
+    share = of.share(definition, epoch, row[1])
+    if share.end < share.num_samples:
+        note(conn, row[0], of.number, 0, "dropped", [(share.end, share.num_samples)], "")
 
 
 def _last_point(conn: Connection, last: Attempt, definition: Definition) -> Point:

@@ -8,6 +8,7 @@ on to the workers unread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import queue
@@ -162,8 +163,8 @@ class Supply:
     `asked` is the attach message: a stream's name or definition, the run, how to resume, and of a trainer whose daemon died what it got.
     """
 
-    def __init__(self, database: Database, asked: Message, client: Client, post: Callable[[Event], None]) -> None:
-        self.database, self.asked, self.client, self.post = database, asked, client, post
+    def __init__(self, database: Database, asked: Message, client: Client, post: Callable[[Event], None], say: Callable[..., None]) -> None:
+        self.database, self.asked, self.client, self.post, self._say = database, asked, client, post, say
         self.outage_since: float | None = None
         self.definition: Definition
         self.attempt: Attempt
@@ -179,6 +180,7 @@ class Supply:
         self._num_samples = 0
         self._closing = threading.Event()
         self._again = False  # this command is carried out a second time
+        self._given_up = False  # PostgreSQL is away for good
         self._unsure: deque[tuple[float, Command]] = deque()
         self._kept: dict[int, tuple[bytes, bytes]] = {}
         self._kept_for = -1  # the change counter of the plan that the kept work belongs to
@@ -283,9 +285,10 @@ class Supply:
                 self._conn.close()
 
     def _carry_out(self, commands: queue.SimpleQueue[Command | None]) -> None:
+        """Carry out commands until `close`; after one that failed what settles the ledger still counts, the others are left out."""
         while (command := commands.get()) is not None:
-            if not self._guarded(command):
-                return
+            if not self._given_up:
+                self._guarded(command)
 
     def _guarded(self, command: Command) -> bool:
         """Carry out one command and post what came of it; False if it failed, which is posted too and ends the stream.
@@ -293,51 +296,70 @@ class Supply:
         If PostgreSQL goes away under it, it is carried out again when that is back: each can be, whether or not it was committed.
         """
         lost: float | None = None
+        event: Event | None
         while True:
             try:
+                if lost is not None:
+                    self._regain(lost)
                 event = command()
+                break
             except (psycopg.Error, DatabaseError) as error:
                 if _gone(error) and command != self._open:
                     lost = lost or time.monotonic()
-                    if self._regain(lost, planner=threading.current_thread() is not self._thread):
-                        self._again = True
-                        continue
+                    continue
                 event = Failed(explain(error, self.database) if isinstance(error, psycopg.Error) else error)
             except CatalogError as error:
                 event = Failed(error)
             except Exception as error:  # a bug of ours must not leave a trainer waiting for ever
                 event = Failed(CatalogError(f"{type(error).__name__}: {error}; this is a bug in scanfeed"))
             break
-        self._again = False
+        if threading.current_thread() is self._thread:
+            self._again = False
+            if isinstance(event, Failed) and hasattr(self, "_conn"):
+                with contextlib.suppress(psycopg.Error):
+                    self._conn.rollback()
         if isinstance(event, Failed):
             self.reason = self.reason or str(event.error)
         if event is not None:
             self.post(event)
         return not isinstance(event, Failed)
 
-    def _regain(self, lost: float, *, planner: bool) -> bool:
-        """Connect again; False if PostgreSQL is away for too long."""
+    def _regain(self, lost: float) -> None:
+        """Connect again, and make again what may not have reached the disk.
+
+        Raises:
+            CatalogError: If PostgreSQL is away for too long, or another attempt was opened meanwhile.
+        """
+        if self.outage_since is None:
+            self._say("PostgreSQL is out of reach; what is reserved is fed, the rest waits", peer=self.client.pid)
         self.outage_since = self.outage_since or lost
-        while time.monotonic() - lost < OUTAGE_S:
+        while True:
             try:
-                if planner:
-                    assert self._planner is not None
-                    self._planner.close()
-                    self._planner.connect()
-                else:
+                if threading.current_thread() is self._thread:
                     self._conn.close()
                     self._conn = self._connect()
                     self._hold()
                     for _, command in list(self._unsure):
                         command()
+                    self._again = True
+                elif self._planner is not None:
+                    self._planner.close()
+                    self._planner.connect()
+                if self.outage_since is not None:
+                    self._say("PostgreSQL is back", peer=self.client.pid, after_s=f"{time.monotonic() - lost:.2f}")
                 self.outage_since = None
-                return True
+                return
             except (psycopg.Error, DatabaseError) as error:
                 if not _gone(error):
                     raise
-                if self._closing.wait(RETRY_S) and time.monotonic() - lost > LEAVE_S:
-                    return False
-        return False
+                away = time.monotonic() - lost
+                if away > (LEAVE_S if self._closing.is_set() else OUTAGE_S):
+                    self._given_up = True
+                    raise CatalogError(
+                        f"{self.database.name}: out of reach for {away:.0f} s, so no more can be fed; open a new Feed with this one's state "
+                        f"when it is back"
+                    ) from error
+                time.sleep(RETRY_S)
 
     def _hold(self) -> None:
         """Take the consumer's lock again, unless a newer attempt was opened meanwhile."""
@@ -392,7 +414,9 @@ class Supply:
             if name is None:
                 stream_id = ledger.open_stream(self._conn, self.definition)
                 self._conn.commit()
-            found = ledger.seen(self._conn, stream_id) if self.definition.where is None else None
+            going_on = asked.get("resume") is not None or asked.get("again") is not None
+            # What a condition of the user's selects may change without the catalog.
+            found = ledger.seen(self._conn, stream_id, going_on=going_on) if going_on or self.definition.where is None else None
             if found is None:
                 shapes = orders.shapes(reading, self.definition)
                 found = (*orders.one_shape(shapes, self.definition), sum(shapes.values()))

@@ -11,6 +11,8 @@ model went on from that state, so what it had seen since is as if it never was.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import random
@@ -30,12 +32,13 @@ import psycopg
 
 from loaderd import Feed
 from loaderd.shares import Share
-from loaderd.workers import python
+from loaderd.workers import SOURCE, python
 from tests.processes import wait_until
 
 HERE = Path(__file__).parent
+INJECT = HERE / "inject"
 COUNTER = struct.Struct("<2q")  # as in trainer.py
-IN_DAEMON = ("planned", "reserved", "decoded", "announced", "acknowledged")
+IN_DAEMON = ("planned", "reserved", "decoded", "announced", "ended", "acknowledged")
 IN_TRAINER = ("received", "asked", "saved")
 POINTS = (*IN_DAEMON, *IN_TRAINER)
 VICTIMS = ("daemon", "worker", "trainer", "everything")  # killed at some time; also: supervisor, postgresql
@@ -106,7 +109,7 @@ class Harness:
 
     def environment(self, host: int) -> dict[str, str]:
         """Return the environment of everything on a host; two hosts share the PostgreSQL alone."""
-        found = {**os.environ, "FAULTS": str(self.folder), "PYTHONPATH": str(HERE / "inject")}
+        found = {**os.environ, "FAULTS": str(self.folder), "PYTHONPATH": f"{SOURCE}{os.pathsep}{INJECT}"}
         if self.url is not None:
             found["CATALOG_DATABASE_URL"] = self.url
         if self.scenario.daemons == "two":
@@ -191,7 +194,7 @@ class Harness:
 
     def share(self, generation: Generation, epoch: int, rank: int = 0) -> Share:
         """Return what a rank gets of an epoch."""
-        first_epoch, step, position = generation.start if generation.start[0] == epoch else (epoch, 0, 0)
+        step, position = generation.start[1:] if generation.start[0] == epoch else (0, 0)
         scenario = self.scenario
         return Share(scenario.limit, scenario.batch_size, rank, generation.num_ranks, scenario.tail, step, position)
 
@@ -266,16 +269,16 @@ class Harness:
             self.serve()
 
     def strike(self, fault: str) -> None:
-        """Kill a victim at some time, or whoever passes a point for the n-th time from now; "a+b": at two points, soon after one another."""
-        points = fault.split("+")
+        """Kill a victim at some time, or whoever passes a point for the n-th time from now ("a>b": and then the next one)."""
+        points = fault.split(">")
         if set(points) <= set(POINTS):
-            armed = [self.folder / f"armed-{point}" for point in points]
-            for path in armed:
+            for at, point in enumerate(points):
                 self.armed += 1
-                new = path.with_suffix(".new")
-                new.write_text(f"{1 + self.draw.randrange(6)} {self.armed}")
-                new.replace(path)
-            self.wait(lambda: not any(path.exists() for path in armed), f"{fault} is never passed")
+                count = 1 + self.draw.randrange(6) if at == 0 and point != "ended" else 1
+                new = self.folder / "new"
+                new.write_text(" ".join([str(count), str(self.armed), *points[at + 1 : at + 2]]))
+                new.replace(self.folder / f"{'held' if at else 'armed'}-{point}")
+            self.wait(lambda: not any(self.held(point) for point in points), f"{fault} is never passed")
         else:
             time.sleep(self.draw.uniform(0, 0.4))
             victims: list[int] = []
@@ -292,14 +295,19 @@ class Harness:
                     continue
         self.told.faults[fault] += 1
 
+    def held(self, point: str) -> bool:
+        """Return whether a fault there is still to come."""
+        return any((self.folder / f"{state}-{point}").exists() for state in ("held", "armed"))
+
     def victims(self, kind: str) -> list[int]:
         """Return the processes of a kind."""
         if kind == "trainer":
             return [trainer.pid for trainer in self.group if trainer.poll() is None]
-        if kind == "postgresql":
+        if kind == "postgresql":  # the postmaster of the embedded server; its file outlives it
             try:
-                return [int((Path(os.environ["CATALOG_HOME"]) / "postgresql/postmaster.pid").read_text().split()[0])]
-            except (FileNotFoundError, IndexError):
+                pid = int((Path(os.environ["CATALOG_HOME"]) / "postgresql/postmaster.pid").read_text().split()[0])
+                return [pid] if b"postgres" in Path(f"/proc/{pid}/cmdline").read_bytes() else []
+            except (FileNotFoundError, ProcessLookupError, IndexError):
                 return []
         return sorted(pid for pid, what in self.processes().items() if kind in (what, "everything"))
 
@@ -411,6 +419,22 @@ class Harness:
         assert audit.returncode == 0, audit.stdout + audit.stderr
 
 
+def shared_memory() -> list[str]:
+    """Return what lies in /dev/shm, less the semaphores of Python's `multiprocessing`, which is others' (loaderd has none of it)."""
+    return sorted(entry.name for entry in Path("/dev/shm").iterdir() if not entry.name.startswith("sem.mp-"))
+
+
+def memory(pid: int) -> int:
+    """Return the bytes that a process holds: its own and, through its descriptors, in memfds."""
+    [own] = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    held = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if str(entry.readlink()).startswith("/memfd:"):
+                held += entry.stat().st_blocks * 512
+    return int(own) * 1024 + held
+
+
 def order(conn: psycopg.Connection, scenario: Scenario, epoch: int) -> list[int]:
     """Return the order that SQL gives to anybody who asks."""
     rows = conn.execute(
@@ -423,8 +447,6 @@ def order(conn: psycopg.Connection, scenario: Scenario, epoch: int) -> list[int]
 
 def undisturbed() -> dict[int, str]:
     """Return sample → hash of its image and mask, as a training gives them to which nothing happens; -1 is padding."""
-    import hashlib
-
     found = {}
     with Feed(structures=["inner"], batch_size=4, seed=77) as feed:
         for batch in feed.epoch():

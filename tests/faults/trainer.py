@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-import loaderd
 import sitecustomize  # of tests/faults/inject
+
+import loaderd
 
 KEPT = 8  # states of each rank
 COUNTER = struct.Struct("<2q")  # of each rank: ticks (steps and ends of iterators), epoch

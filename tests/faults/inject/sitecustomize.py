@@ -1,7 +1,8 @@
 """Kills its own process at a chosen point of loaderd. Python imports this by itself where its folder is on PYTHONPATH.
 
 FAULTS names a folder. A file ``armed-POINT`` in it says "the n-th passing from now on"; whoever makes that passing renames the file,
-so that it happens once and never after a restart, and dies. FAULTS_DEADLY is the id of a sample on which each decode worker dies.
+so that it happens once and never after a restart, and dies, having armed the file ``held-POINT`` of a point named there as the next.
+FAULTS_DEADLY is the id of a sample on which each decode worker dies.
 
 No test code is in the product: the classes are patched as they are made.
 """
@@ -25,13 +26,15 @@ def passed(point: str) -> None:
     armed = f"{FOLDER}/armed-{point}"
     try:
         with open(armed, encoding="ascii") as file:  # noqa: PTH123 (pathlib takes long to load, and this runs in every process)
-            count, number = file.read().split()
+            count, number, *then = file.read().split()
         _passings[number] = _passings.get(number, 0) + 1
         if _passings[number] < int(count):
             return
         os.rename(armed, f"{FOLDER}/fired-{number}-{os.getpid()}")  # noqa: PTH104
     except FileNotFoundError:  # nothing is armed, or another process was first
         return
+    for other in then:
+        os.rename(f"{FOLDER}/held-{other}", f"{FOLDER}/armed-{other}")  # noqa: PTH104
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -94,6 +97,7 @@ def _patch(made: type[Any]) -> None:
     if made.__name__ == "Planner":
         made.plan = _after("planned", made.plan)
     elif made.__name__ == "Supply":
+        made.finish = _before("ended", made.finish)
         made._begin, made._fetch = (_after("reserved", method, _reserved) for method in (made._begin, made._fetch))
     elif made.__name__ == "Stream":
         made._decoded = _before("decoded", made._decoded)
