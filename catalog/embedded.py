@@ -75,7 +75,7 @@ FIXED = {
     "logging_collector": "off",
 }
 # What a user may change in postgresql.conf or by ALTER SYSTEM.
-INITIAL = {"shared_buffers": "128MB", "max_connections": "100", "jit": "off", "dynamic_shared_memory_type": "mmap"}
+INITIAL = {"shared_buffers": "128MB", "max_connections": "300", "jit": "off", "dynamic_shared_memory_type": "mmap"}
 
 HBA = f"local all {USER} peer map={USER}\nlocal all all scram-sha-256\n"
 

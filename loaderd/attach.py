@@ -165,13 +165,16 @@ def _start_private(url: str | None) -> None:
     _started.append(process)
     assert process.stdout is not None
     with process.stdout as said:
-        line = said.readline().decode(errors="replace").strip() if _readable(said.fileno(), START_S) else ""
+        answered = _readable(said.fileno(), START_S)
+        line = said.readline().decode(errors="replace").strip() if answered else ""
     if line != "ready":
         try:
-            code = process.wait(5 if line else 0)
+            code = process.wait(5 if answered else 0)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
+        if answered and not line and code < 0:
+            return  # it was killed: whoever waits for it tries again
         if code == DatabaseError.exit_code:
             raise DatabaseError(line)
         raise FeedError(line or f"loaderd did not start; its last words are in {home / 'loaderd.log'}")

@@ -32,6 +32,7 @@ from loaderd.shares import Share, Span
 CONSUMER_LOCK = 1_554_427  # class of the advisory locks on consumer.id; arbitrary
 RUN_LOCK = 1_554_428  # and of those on run.id, held while an attempt is opened
 DIFFERENT_S = 3  # how long a rank waits for others that began elsewhere to be gone, until it says so
+BACK_S = 10  # how long a rank that comes late waits for the others, whose daemon was killed, to attach again
 TAKEOVER_S = 20  # how long a new attempt waits for the consumers of the one before it to be gone
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -228,6 +229,8 @@ def _join_or_follow(
                 f"{start.epoch}, step {start.step}; load the states that all ranks saved at one step"
             )
         return None
+    if not live and not used and num_ranks == last.num_ranks and point in (None, start) and waited_s < BACK_S and _lost(conn, last):
+        return None  # the daemon of the ranks that came first died, and they are about to attach again
     if resume is None:
         raise _fed_before(last)
     if live:
@@ -252,6 +255,17 @@ def _fed_before(last: Attempt) -> FedBeforeError:
 def _live(conn: Connection, attempt: Attempt, but: int) -> list[tuple[int, int, str, int]]:
     parameters = {"lock": CONSUMER_LOCK, "run": attempt.run_id, "stream": attempt.stream_id, "attempt": attempt.number, "but": but}
     return conn.execute(LIVE, parameters).fetchall()
+
+
+def _lost(conn: Connection, attempt: Attempt) -> bool:
+    """Is there a rank whose last consumer in this attempt ended without a word, as with a daemon that was killed?"""
+    row = conn.execute(
+        "SELECT EXISTS (SELECT FROM consumer k WHERE run_id = %(run)s AND stream_id = %(stream)s AND attempt = %(attempt)s "
+        "AND left_at IS NULL AND NOT EXISTS (SELECT FROM consumer o WHERE o.run_id = k.run_id AND o.stream_id = k.stream_id "
+        "AND o.attempt = k.attempt AND o.rank = k.rank AND o.id > k.id))",
+        {"run": attempt.run_id, "stream": attempt.stream_id, "attempt": attempt.number},
+    ).fetchone()
+    return row is not None and bool(row[0])
 
 
 def newest(conn: Connection, run_id: int, run: str, stream_id: int) -> Attempt | None:

@@ -384,8 +384,11 @@ def test_without_descriptors_the_daemon_waits(serve: Serve, loaderd: Run) -> Non
     found = serve()
     with Feed(structures=["inner"], batch_size=2) as feed:
         old = resource.prlimit(found["pid"], resource.RLIMIT_NOFILE)
-        resource.prlimit(found["pid"], resource.RLIMIT_NOFILE, (descriptors(found["pid"]) + 5, old[1]))
+        used = {int(name) for name in os.listdir(f"/proc/{found['pid']}/fd")}  # noqa: PTH208
+        limit = [number for number in range(len(used) + 5) if number not in used][4]  # two connections take the four below
+        resource.prlimit(found["pid"], resource.RLIMIT_NOFILE, (limit, old[1]))
         many = [connected(found["socket"]) for _ in range(12)]
+        time.sleep(0.2)
         for sock in many:
             messages.send(sock, HELLO)
         assert sum(len(batch) for batch in feed.epoch()) == feed.num_samples

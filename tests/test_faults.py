@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -24,6 +26,7 @@ from loaderd import Feed, FeedError, attach
 from tests.faults.harness import INJECT, SMALL_SHM, Harness, Scenario, shared_memory, undisturbed
 from tests.processes import daemons, wait_until
 from tests.test_feed import order
+from tests.test_ranks import two_hosts
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -71,7 +74,7 @@ def shm_can_be_small() -> None:
 # Together every point, and each of those that die at some time.
 ONE = Scenario(
     ranks=(1,), daemons="private", limit=15, seed=1, tail="drop",
-    faults=("ended>saved", "decoded", "saved", "announced", "received", "daemon", "planned"),
+    faults=("ended>saved", "decoded>starting", "saved", "announced", "received", "daemon", "planned"),
 )  # fmt: skip
 THREE = Scenario(
     ranks=(3,), daemons="served", limit=29, seed=2, faults=("acknowledged", "asked", "worker", "reserved", "trainer", "everything")
@@ -98,6 +101,25 @@ def everything(feed: Feed, epochs: int, between: Callable[[int], None] = lambda 
         del batch
         between(number)
     return found
+
+
+def test_a_rank_that_comes_while_the_others_daemon_is_away(
+    catalogued: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It waits for them to attach again instead of opening an attempt of its own, and they share the epoch."""
+    arguments: dict[str, Any] = {"structures": ["inner"], "batch_size": 4, "seed": 3, "run": "r", "num_ranks": 2}
+    with two_hosts(tmp_path) as (one, two), ThreadPoolExecutor() as pool:
+        monkeypatch.setenv("LOADERD_RUN", str(one))
+        with Feed(rank=0, **arguments) as first:
+            pid = json.loads((next(one.glob("*.lock"))).read_text())
+            os.kill(pid, signal.SIGKILL)
+            monkeypatch.setenv("LOADERD_RUN", str(two))
+            rest = pool.submit(lambda: [batch.sample_ids.tolist() for batch in first.epoch()])
+            with Feed(rank=1, **arguments) as second:
+                got = [batch.sample_ids.tolist() for batch in second.epoch()]
+            assert [sample for pair in zip(rest.result(), got, strict=True) for part in pair for sample in part] == order(conn, 3, 0)
+    assert conn.execute("SELECT count(*) FROM attempt").fetchone() == (1,)
+    assert conn.execute("SELECT delivered, missing, twice FROM epoch_coverage").fetchall() == [(N, 0, 0)]
 
 
 def test_a_sample_that_kills_two_workers_is_left_out(

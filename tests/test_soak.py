@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from catalog.database import open_database
-from tests.faults.harness import POINTS, SMALL_SHM, Harness, Scenario, Told, memory, shared_memory, undisturbed
+from tests.faults.harness import IN_DAEMON, IN_TRAINER, SMALL_SHM, Harness, Scenario, Told, memory, shared_memory, undisturbed
 from tests.test_faults import catalogued, many_contours, own_server, shm_can_be_small  # noqa: F401
 
 pytestmark = pytest.mark.soak
+POINTS = (*(point for point in IN_DAEMON if point != "starting"), *IN_TRAINER)
 DAEMONS = ("private", "served", "two")
 TAILS = ("short", "drop", "pad")
 TIMED = ("daemon", "worker", "trainer", "everything")
@@ -31,7 +32,7 @@ def scenarios() -> Iterator[tuple[str, Scenario]]:
             daemons = DAEMONS[(ranks + rest) % 3]
             # Two dice of the points, two of the times, all points over any two scenarios.
             points = POINTS[::2] if rest % 2 else POINTS[1::2]
-            faults = [*points, *draw.sample(TIMED, 3), draw.choice(["ended>saved", "announced>received", "reserved>asked"])]
+            faults = [*points, *draw.sample(TIMED, 3), draw.choice(["ended>saved", "decoded>starting", "reserved>asked"])]
             if daemons == "served" and rest >= 2:
                 faults.append("supervisor")
             draw.shuffle(faults)

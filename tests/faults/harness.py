@@ -38,9 +38,9 @@ from tests.processes import wait_until
 HERE = Path(__file__).parent
 INJECT = HERE / "inject"
 COUNTER = struct.Struct("<2q")  # as in trainer.py
-IN_DAEMON = ("planned", "reserved", "decoded", "announced", "ended", "acknowledged")
+IN_DAEMON = ("planned", "reserved", "decoded", "announced", "ended", "acknowledged", "starting")
 IN_TRAINER = ("received", "asked", "saved")
-POINTS = (*IN_DAEMON, *IN_TRAINER)
+POINTS = (*IN_DAEMON, *IN_TRAINER)  # "starting" is passed only by one that follows another
 VICTIMS = ("daemon", "worker", "trainer", "everything")  # killed at some time; also: supervisor, postgresql
 START_S = 60  # generous: two shared cores, and other tests on them
 # A small /dev/shm of its own for a process and its children.
@@ -190,7 +190,8 @@ class Harness:
         states = [found[epoch, step]["state"] for found in saved]
         assert all(state == states[0] for state in states), "state_dict() differs between ranks at the same step"
         share = self.share(last, epoch)
-        return states[0], (epoch + 1, 0, 0) if step >= share.steps else (epoch, step, share.begins(step))
+        over = step >= share.steps and step > share.first_step  # else that epoch was not begun; it may have no step for anybody
+        return states[0], (epoch + 1, 0, 0) if over else (epoch, step, share.begins(step))
 
     def share(self, generation: Generation, epoch: int, rank: int = 0) -> Share:
         """Return what a rank gets of an epoch."""

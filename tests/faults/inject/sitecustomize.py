@@ -103,6 +103,8 @@ def _patch(made: type[Any]) -> None:
         made._decoded = _before("decoded", made._decoded)
         made._acknowledge = _after("acknowledged", made._acknowledge)
         made.__init__ = _announcing(made.__init__)  # type: ignore[misc]
+    elif made.__name__ == "Daemon":
+        made.__init__ = _before("starting", made.__init__)  # type: ignore[misc]
     elif made.__name__ == "Feed":
         made._send = _asking(made._send)
     elif made.__name__ == "Decoder":
