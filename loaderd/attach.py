@@ -24,7 +24,7 @@ from loaderd.workers import python
 START_S = 60
 ANSWER_S = 5.0  # for a daemon to answer in
 GRACE_S = 5.0  # how long `loaderd serve` has to come back by itself after a crash, until its trainers start one of their own
-FASTER_S = 2.0  # how long to look for another daemon where ours could not start
+RUNNING = "a loaderd of this database is running"  # what a second one says
 _started: list[subprocess.Popen[bytes]] = []  # private daemons of this process, to be reaped
 
 
@@ -83,14 +83,9 @@ def _start(path: Path, url: str | None) -> socket.socket | None:
             return sock
         try:
             _start_private(url)
-        except FeedError:
-            # `loaderd serve` may have been faster, and listen in a moment.
-            deadline = time.monotonic() + FASTER_S
-            while (sock := connect(path)) is None:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-            return sock
+        except FeedError as error:
+            if RUNNING not in str(error):  # else `loaderd serve` was faster, or whoever started it died meanwhile
+                raise
         return connect(path)
 
 

@@ -29,6 +29,7 @@ from catalog import __version__
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 from loaderd import messages
+from loaderd.attach import RUNNING, connect
 from loaderd.loop import Loop
 from loaderd.messages import PROTOCOL, Message, MessageError
 from loaderd.streams import Stream, check_resume
@@ -132,11 +133,15 @@ class Daemon:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                # One that is ending has given up its socket already and keeps the lock for its ledger's last rows.
-                if self.path.exists() or time.monotonic() > deadline:
+                # One that is ending has given up its socket already and keeps the lock for its ledger's last rows; one that has just
+                # begun does not listen yet, and may die before it does. The socket's file alone may be a killed one's.
+                listening = connect(self.path)
+                if listening is not None:
+                    listening.close()
+                if listening is not None or time.monotonic() > deadline:
                     holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
                     os.close(fd)
-                    raise CatalogError(f"a loaderd of this database is running (pid {holder or 'unknown'}); see `loaderd status`") from None
+                    raise CatalogError(f"{RUNNING} (pid {holder or 'unknown'}); see `loaderd status`") from None
                 time.sleep(0.02)
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)

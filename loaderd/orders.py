@@ -232,6 +232,7 @@ class Planner:
         self.run_id, self.stream_id = run_id, stream_id
         self._rest: threading.Thread | None = None
         self._last: Plan | None = None
+        self.epoch: int | None = None  # that is being planned, or was last
         self.connect()
 
     def connect(self) -> None:
@@ -254,6 +255,7 @@ class Planner:
         if self._rest is not None:
             self._rest.join()  # it has the connections
             self._rest = None
+        self.epoch = epoch
         if self.reading.closed or self.writing.closed:
             self.close()
             self.connect()
@@ -293,8 +295,15 @@ class Planner:
         self._store_behind(plan, shape)
         return plan
 
+    def cancel(self) -> None:
+        """Break off a selection that is running; from another thread."""
+        with contextlib.suppress(psycopg.Error):
+            self.reading.cancel_safe(timeout=2)
+
     def close(self) -> None:
         """Give up both connections."""
+        if self._rest is not None and self._rest.is_alive():
+            self.cancel()  # else PostgreSQL goes on sorting for nobody
         self.reading.close()
         self.writing.close()
 

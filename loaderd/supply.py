@@ -36,6 +36,7 @@ from loaderd.shares import Share, Span
 CHUNK = 1_024  # positions a query, rounded down to whole batches
 KEPT = 16_384  # samples: streams of up to so many keep their work (about 1 KB a sample) while the catalog stands still
 OUTAGE_S = 300  # how long PostgreSQL may be out of reach until a stream ends
+BREAK_OFF_S = 0.1  # how often a plan that is in the way is broken off
 RETRY_S = 0.2
 LEAVE_S = 10  # the same while the trainer is gone already
 UNSURE_S = 2.0  # commits that did not wait for the disk are made again after a crash of PostgreSQL if they are younger
@@ -175,6 +176,7 @@ class Supply:
         self._conn: psycopg.Connection[tuple[Any, ...]]
         self._consumer_id = 0
         self._planner: orders.Planner | None = None
+        self._begun = -1  # the last epoch that was asked for
         self._work: sql.Composed
         self._shape = (0, 0)
         self._num_samples = 0
@@ -275,7 +277,10 @@ class Supply:
                 planning.start()
                 self._carry_out(self._commands)
                 self._plans.put(None)
-                planning.join()
+                planning.join(BREAK_OFF_S)
+                while planning.is_alive():
+                    self._break_off()
+                    planning.join(BREAK_OFF_S)
             if self._consumer_id:
                 self._guarded(self._leave)
         finally:
@@ -283,6 +288,11 @@ class Supply:
                 self._planner.close()
             if hasattr(self, "_conn"):
                 self._conn.close()
+
+    def _break_off(self) -> None:
+        """Have a plan that nobody asked for yet broken off: over a million samples it takes seconds, and the next attempt waits for us."""
+        if self._planner is not None and self._planner.epoch is not None and self._planner.epoch > self._begun:
+            self._planner.cancel()
 
     def _carry_out(self, commands: queue.SimpleQueue[Command | None]) -> None:
         """Carry out commands until `close`; after one that failed what settles the ledger still counts, the others are left out."""
@@ -304,6 +314,9 @@ class Supply:
                 event = command()
                 break
             except (psycopg.Error, DatabaseError) as error:
+                if self._closing.is_set() and isinstance(error, psycopg.errors.QueryCanceled):
+                    event = None  # broken off, since nobody needs it
+                    break
                 if _gone(error) and command != self._open:
                     lost = lost or time.monotonic()
                     continue
@@ -356,8 +369,8 @@ class Supply:
                 if away > (LEAVE_S if self._closing.is_set() else OUTAGE_S):
                     self._given_up = True
                     raise CatalogError(
-                        f"{self.database.name}: out of reach for {away:.0f} s, so no more can be fed; open a new Feed with this one's state "
-                        f"when it is back"
+                        f"{self.database.name}: out of reach for {away:.0f} s, so no more can be fed; "
+                        f"open a new Feed with this one's state when it is back"
                     ) from error
                 time.sleep(RETRY_S)
 
@@ -483,6 +496,7 @@ class Supply:
     def _begin(self, plan: Plan, steps: Span | None) -> Event | None:
         if self._closing.is_set():  # a reservation now would report what nobody is to see
             return None
+        self._begun = max(self._begun, plan.epoch)
         if plan.final or not ledger.start_epoch(self._conn, plan.epoch_id, unchanged=True):
             # Somebody began it before, or the catalog moved, or another rank saw that first.
             self._conn.rollback()

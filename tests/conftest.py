@@ -87,14 +87,26 @@ def template(server_url: str) -> Iterator[str]:
         conn.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(login[0])))
 
 
+@pytest.fixture(scope="session")
+def full_template(server_url: str, template: str, studies: Path) -> Iterator[str]:
+    """Name of a database with the synthetic studies, to copy."""
+    name = f"full_{uuid.uuid4().hex[:8]}"
+    _create(server_url, name, template)
+    with database.open_database(_named(server_url, name)) as made:
+        ingest.ingest(made, studies, jobs=1)
+    yield name
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
 @pytest.fixture
-def new_database(server_url: str, template: str) -> Iterator[Callable[[], str]]:
-    """Make another migrated, empty database; returns its URL."""
+def new_database(server_url: str, template: str) -> Iterator[Callable[..., str]]:
+    """Make another migrated, empty database, or a copy of another one; returns its URL."""
     made: list[str] = []
 
-    def make() -> str:
+    def make(source: str = template) -> str:
         made.append(f"test_{uuid.uuid4().hex[:8]}")
-        _create(server_url, made[-1], template)
+        _create(server_url, made[-1], source)
         return _named(server_url, made[-1])
 
     yield make
@@ -104,9 +116,9 @@ def new_database(server_url: str, template: str) -> Iterator[Callable[[], str]]:
 
 
 @pytest.fixture
-def database_url(new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a migrated, empty database, which is also what `catalog` and `loaderd` use without --database."""
-    url = new_database()
+def database_url(request: pytest.FixtureRequest, new_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a migrated database, which is also what `catalog` and `loaderd` use without --database; empty, except for `ingested`."""
+    url = new_database(request.getfixturevalue("full_template")) if "ingested" in request.fixturenames else new_database()
     monkeypatch.setenv("CATALOG_DATABASE_URL", url)
     return url
 
@@ -139,10 +151,8 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ingested(database_url: str, studies: Path) -> str:
+def ingested(database_url: str) -> str:
     """URL of a database with the synthetic studies."""
-    with database.open_database(database_url) as db:
-        ingest.ingest(db, studies, jobs=1)
     return database_url
 
 

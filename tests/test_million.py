@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_large_catalog_costs_neither_time_nor_memory(database_url: str, folder: Path) -> None:
-    """Over 300,000 samples a run goes on within a second wherever it was; the daemon takes no more memory than for 10,000; nor with time."""
+    """Over 300,000 samples a run goes on within a second wherever it was, and the daemon has no more memory than for 10,000, nor later."""
     with database.open_database(database_url) as db:
         million.fill(db, folder / "studies", SAMPLES)
         log = folder / "loaderd.log"

@@ -217,7 +217,8 @@ class Harness:
                     self.wait(self.moved(2 + self.draw.randrange(6)), f"the training does not go on after {fault}")
             self.wait(self.moved(1), "the training does not go on after the last fault")
             last = max(epoch for _, epoch in self.counters()) + 12  # none of them is so far yet
-            (self.folder / "last").write_text(str(last))
+            (self.folder / "new").write_text(str(last))
+            (self.folder / "new").replace(self.folder / "last")
             self.told.epochs = last
             self.wait(lambda: all(trainer.poll() == 0 for trainer in self.group), "the training does not end")
         finally:
