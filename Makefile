@@ -6,8 +6,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-emit-index-url
-# Tests that need no server, or our own one.
-NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py))
+# Tests that need no server, or our own one, or that say nothing about which one it is.
+NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py shares.py \
+	synthetic.py overlay.py ring.py isolation.py access.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint soak bench integration lock clean
