@@ -34,6 +34,7 @@ soak: $(VENV)/.dev ## trainings under some 250 deaths, with a summary; a quarter
 
 bench: $(VENV)/.bench ## feeding, measured; installs torch
 	$(BIN)/python benchmarks/feed.py
+	$(BIN)/python benchmarks/guarantees.py
 
 integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
 	$(BIN)/python -m pytest --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))

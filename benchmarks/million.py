@@ -104,10 +104,10 @@ def serving(*arguments: str, log: Path, workers: int = 2, environment: Mapping[s
         process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stderr=stderr)
     try:
         deadline = time.monotonic() + START_S
-        while attach.status() is None:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"loaderd does not serve; see {log}")
+        while process.poll() is None and attach.status() is None and time.monotonic() < deadline:
             time.sleep(0.05)
+        if process.poll() is not None or time.monotonic() > deadline:  # or another one serves
+            raise SystemExit(f"loaderd does not serve; see {log}")
         yield
     finally:
         process.terminate()
@@ -182,7 +182,7 @@ def killed(times: int, between: int, **arguments: Any) -> list[float]:
         for _ in range(times):
             for _ in range(between):
                 touch(next(batches))
-            sock = feed._sock
+            sock = feed._sock  # another one once it attached again
             began = time.perf_counter()
             os.kill(daemon(), signal.SIGKILL)
             while feed._sock is sock:  # what the dead one had announced is still read

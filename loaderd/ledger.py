@@ -229,6 +229,8 @@ def _join_or_follow(
                 f"{start.epoch}, step {start.step}; load the states that all ranks saved at one step"
             )
         return None
+    if resume is None and not used and num_ranks == last.num_ranks and point == start:
+        return last  # the last rank to come: the others are through already, or their daemon was killed and they attach again
     if not live and not used and num_ranks == last.num_ranks and point in (None, start) and waited_s < BACK_S and _lost(conn, last):
         return None  # the daemon of the ranks that came first died, and they are about to attach again
     if resume is None:

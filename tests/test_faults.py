@@ -107,7 +107,7 @@ def test_a_rank_that_comes_while_the_others_daemon_is_away(
     catalogued: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It waits for them to attach again instead of opening an attempt of its own, and they share the epoch."""
-    arguments: dict[str, Any] = {"structures": ["inner"], "batch_size": 4, "seed": 3, "run": "r", "num_ranks": 2}
+    arguments: dict[str, Any] = {"structures": ["inner"], "batch_size": 4, "seed": 3, "run": "r", "num_ranks": 2, "resume": "last"}
     with two_hosts(tmp_path) as (one, two), ThreadPoolExecutor() as pool:
         monkeypatch.setenv("LOADERD_RUN", str(one))
         with Feed(rank=0, **arguments) as first:
