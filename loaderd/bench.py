@@ -21,8 +21,8 @@ from catalog.database import Database, open_database
 from catalog.errors import CatalogError
 from loaderd import messages
 from loaderd.attach import ask
+from loaderd.attempts import CONSUMER_LOCK
 from loaderd.client import Batch, Feed
-from loaderd.ledger import CONSUMER_LOCK
 from loaderd.messages import Message
 
 PAGE = 4096

@@ -239,12 +239,14 @@ class Planner:
     def connect(self) -> None:
         """Open both connections, also anew."""
         self.reading = self.database.read_only(timeout_s=SELECT_TIMEOUT_S)
+        self.reading.autocommit = True  # what this connection does otherwise is rolled back, settings too
+        with contextlib.suppress(psycopg.Error):  # not on every system; else a daemon that was killed leaves a sort running
+            self.reading.execute("SET client_connection_check_interval = '1s'")
+        self.reading.autocommit = False
         self.reading.isolation_level = IsolationLevel.REPEATABLE_READ
         self.writing = self.database.connect(application_name="loaderd order")
         # An order that is lost in a crash of PostgreSQL is taken again; the reservation that follows waits for the disk for both.
         self.writing.execute("SET synchronous_commit = off")
-        self.reading.execute("SET plan_cache_mode = force_generic_plan")  # one plan for all epochs
-        self.reading.commit()
         self.writing.commit()
 
     def plan(self, epoch: int, shape: tuple[int, int], expected: int, *, locked: bool = False) -> Plan:

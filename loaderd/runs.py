@@ -15,7 +15,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from catalog.errors import CatalogError, UsageError
-from loaderd.ledger import CONSUMER_LOCK, RUN_LOCK
+from loaderd.attempts import CONSUMER_LOCK, RUN_LOCK
 from loaderd.orders import ORDER_LOCK
 
 Connection = psycopg.Connection[tuple[Any, ...]]

@@ -27,8 +27,8 @@ from psycopg import sql
 from catalog import __version__
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, DatabaseError
-from loaderd import ledger, named, orders
-from loaderd.ledger import Attempt
+from loaderd import attempts, ledger, named, orders
+from loaderd.attempts import Attempt
 from loaderd.messages import Message
 from loaderd.orders import Definition, Plan
 from loaderd.shares import Share, Span
@@ -379,13 +379,13 @@ class Supply:
         if not self._consumer_id:
             return
         deadline = time.monotonic() + LEAVE_S  # PostgreSQL may take a moment to notice that our old connection is gone
-        while not ledger.hold(self._conn, self._consumer_id):
+        while not attempts.hold(self._conn, self._consumer_id):
             self._conn.rollback()
             if time.monotonic() > deadline:
                 raise CatalogError("PostgreSQL still holds this training's old connection; open a new Feed with its state to go on")
             time.sleep(0.05)
         if hasattr(self, "attempt"):
-            newest = ledger.newest(self._conn, self.attempt.run_id, self.attempt.run, self.attempt.stream_id)
+            newest = attempts.newest(self._conn, self.attempt.run_id, self.attempt.run, self.attempt.stream_id)
             if newest is None or newest.number != self.attempt.number:
                 raise CatalogError(f"run {self.attempt.run!r}: while PostgreSQL was away another attempt was opened; this one ends")
         self._conn.commit()
@@ -425,23 +425,23 @@ class Supply:
         with self.database.read_only(timeout_s=orders.SELECT_TIMEOUT_S) as reading:
             orders.check_where(reading, self.definition)
             if name is None:
-                stream_id = ledger.open_stream(self._conn, self.definition)
+                stream_id = attempts.open_stream(self._conn, self.definition)
                 self._conn.commit()
             going_on = asked.get("resume") is not None or asked.get("again") is not None
             # What a condition of the user's selects may change without the catalog.
-            found = ledger.seen(self._conn, stream_id, going_on=going_on) if going_on or self.definition.where is None else None
+            found = attempts.seen(self._conn, stream_id, going_on=going_on) if going_on or self.definition.where is None else None
             if found is None:
                 shapes = orders.shapes(reading, self.definition)
                 found = (*orders.one_shape(shapes, self.definition), sum(shapes.values()))
         *shape, self._num_samples = found
         self._shape = (shape[0], shape[1])
         self._work = work_query(len(self.definition.structures))
-        self._consumer_id = ledger.attach(
+        self._consumer_id = attempts.attach(
             self._conn, stream_id, rank=client.rank, num_ranks=client.num_ranks, pid=client.pid, uid=client.uid,
             daemon_pid=os.getpid(), versions=client.versions,
         )  # fmt: skip
         self._conn.commit()
-        run = asked.get("run") or ledger.unused_name(self._conn)
+        run = asked.get("run") or attempts.unused_name(self._conn)
         attempt = self._first_attempt(stream_id, run)
         return Opened(self.definition, stream_id, name, run, *self._shape, num_samples=self._num_samples, attempt=attempt)
 
@@ -450,23 +450,23 @@ class Supply:
         again, resume = self.asked.get("again"), self.asked.get("resume")
         self._stream_id = stream_id
         if again is not None:
-            attempt = ledger.take_over(
+            attempt = attempts.take_over(
                 self._conn, run, stream_id, self.definition, number=again["attempt"], consumer_id=self._consumer_id,
                 rank=self.client.rank, epoch=again["epoch"], received=again["received"], acknowledged=again["acknowledged"],
             )  # fmt: skip
             self._enter(attempt)
             return attempt
-        if resume is None and self.asked.get("run") is not None and ledger.exists(self._conn, run, stream_id):
+        if resume is None and self.asked.get("run") is not None and attempts.exists(self._conn, run, stream_id):
             # Another rank of a new run may have come first; a run that was fed before waits for its state.
             try:
                 return self._begin_attempt(run, None).attempt
-            except ledger.FedBeforeError:
+            except attempts.FedBeforeError:
                 self._conn.rollback()
                 return None
         return self._begin_attempt(run, resume).attempt
 
     def _begin_attempt(self, run: str, resume: Any) -> Begun:
-        attempt = ledger.begin(
+        attempt = attempts.begin(
             self._conn, run, self._stream_id, self.definition, consumer_id=self._consumer_id, rank=self.client.rank,
             num_ranks=self.client.num_ranks, resume=resume, versions=_versions(self._conn),
         )  # fmt: skip
@@ -477,7 +477,7 @@ class Supply:
         with self._planning:
             if self._planner is not None:
                 self._planner.close()
-                ledger.forget_attempt(self._conn, self.attempt, self._consumer_id)
+                attempts.forget_attempt(self._conn, self.attempt, self._consumer_id)
                 self._conn.commit()
             self.attempt = attempt
             self._planner = orders.Planner(self.database, self.definition, attempt.run_id, attempt.stream_id)
@@ -514,7 +514,7 @@ class Supply:
     def _reserve(self, plan: Plan, steps: Span) -> int:
         share = self.share(plan)
         return ledger.reserve(
-            self._conn, plan.epoch_id, self.attempt, share.spans(*steps), consumer_id=self._consumer_id, rank=share.rank,
+            self._conn, plan.epoch_id, self.attempt.number, share.spans(*steps), consumer_id=self._consumer_id, rank=share.rank,
             consumer=self.client.name, epoch=plan.epoch, upto=share.begins(steps[1]), again=self._again,
         )  # fmt: skip
 
@@ -605,13 +605,13 @@ class Supply:
     def _leave(self) -> None:
         self._conn.rollback()  # of a command that failed
         self._forget_provisional()
-        ledger.leave(self._conn, self._consumer_id, self.reason)
+        attempts.leave(self._conn, self._consumer_id, self.reason)
         self._conn.commit()
 
     def _forget_provisional(self) -> None:
         """Delete what was prepared ahead and never asked for, unless another rank may ask for it, and a run that was fed nothing."""
         if hasattr(self, "attempt"):
-            ledger.forget_provisional(self._conn, self.attempt, self._consumer_id)
+            attempts.forget_provisional(self._conn, self.attempt, self._consumer_id)
             self._conn.commit()
 
 

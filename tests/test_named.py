@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from catalog.errors import CatalogError, UsageError
 from loaderd import named
+from loaderd.attempts import CONSUMER_LOCK
 from loaderd.cli import main
-from loaderd.ledger import CONSUMER_LOCK
 from loaderd.orders import Definition
 from tests.conftest import Run
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from catalog import database, ingest
 from catalog.errors import UsageError
-from loaderd import ledger, orders
+from loaderd import attempts, ledger, orders
 from loaderd.orders import Definition
 from tests.processes import wait_until
 
@@ -26,7 +26,7 @@ INNER = Definition(structures=("inner",), seed=7)
 def plan(url: str, definition: Definition, epoch: int, run: str = "test") -> tuple[list[str], list[int]]:
     """Return the stored order of an epoch as (sample keys, annotation ids)."""
     with database.open_database(url) as db, db.connect() as conn:
-        stream_id = ledger.open_stream(conn, definition)
+        stream_id = attempts.open_stream(conn, definition)
         run_id = make_run(conn, run)
         conn.commit()
         planner = orders.Planner(db, definition, run_id, stream_id)
@@ -146,7 +146,7 @@ def test_next_epoch_permutes_the_last_one(
     selected: list[int] = []
     monkeypatch.setattr(orders, "selection", lambda given, call=orders.selection: selected.append(1) or call(given))
     with database.open_database(database_url) as db:
-        stream_id = ledger.open_stream(conn, definition)
+        stream_id = attempts.open_stream(conn, definition)
         run_id = make_run(conn, "one planner")
         planner = orders.Planner(db, definition, run_id, stream_id)
         plans = [planner.plan(epoch, (64, 64), 48) for epoch in range(3)]
@@ -168,7 +168,7 @@ def test_ranks_that_race_find_one_order(database_url: str, studies: Path, conn: 
     """Several planners of one run that plan an epoch at once, while the catalog changes, have one order between them."""
     take_in(database_url, studies)
     with database.open_database(database_url) as db:
-        run_id, stream_id = make_run(conn, "r"), ledger.open_stream(conn, INNER)
+        run_id, stream_id = make_run(conn, "r"), attempts.open_stream(conn, INNER)
         planners = [orders.Planner(db, INNER, run_id, stream_id) for _ in range(4)]
         with ThreadPoolExecutor(5) as pool:
             flags = "INSERT INTO flag (rule, severity, detail, image_id, raised_by) SELECT %s, 'error', '', min(id), 't' FROM image"
@@ -199,10 +199,10 @@ def test_a_planner_that_dies_behind_the_first_positions(
         monkeypatch.setattr(orders, name, value)
     with database.open_database(database_url) as db, monkeypatch.context() as dying:
         dying.setattr(orders.Planner, "_store_behind", lambda self, plan, shape: None)
-        planner = orders.Planner(db, INNER, make_run(conn, "cut off"), ledger.open_stream(conn, INNER))
+        planner = orders.Planner(db, INNER, make_run(conn, "cut off"), attempts.open_stream(conn, INNER))
         first = planner.plan(0, (64, 64), 12)
         assert (first.stored, first.num_samples) == (4, 12)
-        other = orders.Planner(db, INNER, make_run(conn, "cut off"), ledger.open_stream(conn, INNER))
+        other = orders.Planner(db, INNER, make_run(conn, "cut off"), attempts.open_stream(conn, INNER))
         assert other.plan(0, (64, 64), 12).foreign  # while the first one lives it is waited for
         other.close()
         planner.close()

@@ -17,7 +17,7 @@ import pytest
 
 from catalog.errors import CatalogError, UsageError
 from loaderd import runs
-from loaderd.ledger import CONSUMER_LOCK, RUN_LOCK
+from loaderd.attempts import CONSUMER_LOCK, RUN_LOCK
 from tests.conftest import Run
 from tests.test_coverage import make_epochs
 from tests.test_named import in_process, one_line

@@ -26,8 +26,8 @@ from rich.console import Console
 from catalog import database
 from catalog.errors import CatalogError
 from loaderd import Feed
+from loaderd.attempts import CONSUMER_LOCK
 from loaderd.bench import as_text, bench, forget, waits_of
-from loaderd.ledger import CONSUMER_LOCK
 from loaderd.progress import Progress
 from loaderd.top import Row, rates, render, top
 from loaderd.workers import python
