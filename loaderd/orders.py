@@ -232,6 +232,7 @@ class Planner:
         self.database, self.definition = database, definition
         self.run_id, self.stream_id = run_id, stream_id
         self._rest: threading.Thread | None = None
+        self._storing = -1  # the epoch whose order it stores
         self._last: Plan | None = None
         self.epoch: int | None = None  # that is being planned, or was last
         self.connect()
@@ -303,10 +304,13 @@ class Planner:
         with contextlib.suppress(psycopg.Error):
             self.reading.cancel_safe(timeout=2)
 
-    def close(self) -> None:
-        """Give up both connections."""
+    def close(self, begun: int = -1) -> None:
+        """Give up both connections; an order of an epoch up to `begun` is stored to its end first, since somebody may go on in it."""
         if self._rest is not None and self._rest.is_alive():
-            self.cancel()  # else PostgreSQL goes on sorting for nobody
+            if self._storing > begun:
+                self.cancel()  # else PostgreSQL goes on sorting for nobody
+            else:
+                self._rest.join()
         self.reading.close()
         self.writing.close()
 
@@ -354,6 +358,7 @@ class Planner:
         return plan
 
     def _store_behind(self, plan: Plan, shape: tuple[int, int]) -> None:
+        self._storing = plan.epoch
         self._rest = threading.Thread(target=self._store_rest, args=(plan, shape), name="order", daemon=True)
         self._rest.start()
 

@@ -284,10 +284,10 @@ class Supply:
             if self._consumer_id:
                 self._guarded(self._leave)
         finally:
-            if self._planner is not None:
-                self._planner.close()
             if hasattr(self, "_conn"):
                 self._conn.close()
+            if self._planner is not None:
+                self._planner.close(self._begun)
 
     def _break_off(self) -> None:
         """Have a plan that nobody asked for yet broken off: over a million samples it takes seconds, and the next attempt waits for us."""

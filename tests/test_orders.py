@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -212,6 +213,23 @@ def test_a_planner_that_dies_behind_the_first_positions(
     assert plan(database_url, INNER, 0, run="cut off") == whole
     kept = conn.execute("SELECT max(e.id) FROM epoch e JOIN run r ON r.id = e.run_id WHERE r.name = 'cut off'").fetchone()
     assert (kept == (first.epoch_id,)) == begun
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_trainer_that_leaves_while_its_order_is_stored(
+    database_url: str, studies: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """The order of an epoch that was begun is stored to its end, so that a run can go on in it; one that was not is broken off."""
+    take_in(database_url, studies)
+    for name, value in (("PART", 4), ("FIRST", 4), ("LARGE", 1)):
+        monkeypatch.setattr(orders, name, value)
+    insert = orders.Planner._insert
+    monkeypatch.setattr(orders.Planner, "_insert", lambda self, plan, part: (time.sleep(0.3 * (part.number > 0)), insert(self, plan, part)))
+    with database.open_database(database_url) as db:
+        planner = orders.Planner(db, INNER, make_run(conn, "r"), attempts.open_stream(conn, INNER))
+        assert planner.plan(0, (64, 64), 12).stored == 4
+        planner.close(begun=0 if begun else -1)
+    assert conn.execute("SELECT order_sha256 IS NOT NULL FROM epoch").fetchone() == (begun,)
 
 
 def test_where_stands_alone(database_url: str, studies: Path) -> None:
