@@ -497,6 +497,10 @@ class Supply:
         if self._closing.is_set():  # a reservation now would report what nobody is to see
             return None
         self._begun = max(self._begun, plan.epoch)
+        if steps is not None and not plan.final and not self._again:
+            ledger_id = ledger.begin_epoch(self._conn, plan.epoch_id, self.attempt.number, **self._reservation(plan, steps))
+            if ledger_id is not None:
+                return Started(plan, ledger_id)
         if plan.final or not ledger.start_epoch(self._conn, plan.epoch_id, unchanged=True):
             # Somebody began it before, or the catalog moved, or another rank saw that first.
             self._conn.rollback()
@@ -512,11 +516,14 @@ class Supply:
         return Started(plan, ledger_id)
 
     def _reserve(self, plan: Plan, steps: Span) -> int:
+        return ledger.reserve(self._conn, plan.epoch_id, self.attempt.number, **self._reservation(plan, steps), again=self._again)
+
+    def _reservation(self, plan: Plan, steps: Span) -> dict[str, Any]:
         share = self.share(plan)
-        return ledger.reserve(
-            self._conn, plan.epoch_id, self.attempt.number, share.spans(*steps), consumer_id=self._consumer_id, rank=share.rank,
-            consumer=self.client.name, epoch=plan.epoch, upto=share.begins(steps[1]), again=self._again,
-        )  # fmt: skip
+        return {
+            "spans": share.spans(*steps), "consumer_id": self._consumer_id, "rank": share.rank, "consumer": self.client.name,
+            "epoch": plan.epoch, "upto": share.begins(steps[1]),
+        }  # fmt: skip
 
     def _fetch(self, plan: Plan, steps: Span, *, reserve: bool) -> Event | None:
         if self._closing.is_set():
