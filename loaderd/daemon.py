@@ -210,7 +210,8 @@ class Daemon:
         self.listening.close()
         self.path.unlink(missing_ok=True)
         for consumer in list(self.consumers):
-            self._part(consumer, "loaderd is ending (it was told to stop)")
+            # After an error of its own it hangs up without a word, as if killed: trainers then attach to the next one.
+            self._part(consumer, "loaderd is ending (it was told to stop)" if self._stopping else None)
         deadline = time.monotonic() + LEAVE_S
         for supply in self._supplies:
             supply.join(max(0.0, deadline - time.monotonic()))
