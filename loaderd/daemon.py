@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +168,9 @@ class Daemon:
                     idle = now
                 elif self.private and (self._attached or now - idle > IDLE_S):
                     break
+        except Exception as error:  # said before what ends with it, which may take seconds or be killed
+            say("ends by an error of its own", error=repr(error), where=traceback.format_exc(limit=-3))
+            raise
         finally:
             self._leave()
 

@@ -424,9 +424,18 @@ class Stream:
                 "length": len(rows),
                 "pad": int(self.definition.tail == "pad"),
             },
-            lambda report: self._decoded(batch, report),
+            lambda report: self._safely(lambda: self._decoded(batch, report)),
             lambda: self._died(batch),
         )
+
+    def _safely(self, act: Callable[[], None]) -> None:
+        """Do what a worker's message asks for; what goes wrong there ends this stream, not the daemon, which feeds others."""
+        try:
+            act()
+        except CatalogError as error:
+            self._end(error)
+        except Exception as error:
+            self._end(f"{type(error).__name__}: {error}; this is a bug in scanfeed")
 
     def _places(self, batch: Batch, samples: AbstractSet[int]) -> frozenset[int]:
         """Return which places of a batch hold one of these samples."""

@@ -87,7 +87,7 @@ class Workers:
 
     def forget(self, stream: int) -> None:
         """Let the workers unmap a stream's ring; none of its jobs may be waiting."""
-        del self.streams[stream]
+        self.streams.pop(stream, None)  # one whose opening failed half-way was never given to them
         for worker in self.workers:
             self._tell(worker, {"op": "close", "stream": stream})
 
