@@ -29,6 +29,8 @@ DatabaseUrl = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; changes nothing.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="The training's name.")]
+Structures = Annotated[list[str] | None, typer.Option(help="A structure whose masks are fed; again for more.", show_default=False)]
+Where = Annotated[str | None, typer.Option(help="SQL condition over the view sample.", show_default=False)]
 StreamName = Annotated[str, typer.Argument(metavar="NAME", help="The stream's name.")]
 
 stream_app = typer.Typer(no_args_is_help=True, help="Streams with a name: make, list, show and end them.")
@@ -168,10 +170,8 @@ def _as_text(found: Message) -> str:
 def stream_create(
     name: StreamName,
     database: DatabaseUrl = None,
-    structure: Annotated[
-        list[str] | None, typer.Option(help="A structure whose masks are fed; again for more.", show_default=False)
-    ] = None,
-    where: Annotated[str | None, typer.Option(help="SQL condition over the view sample.", show_default=False)] = None,
+    structure: Structures = None,
+    where: Where = None,
     limit: Annotated[int | None, typer.Option(help="Feed so many samples: those of the smallest keys.", show_default=False)] = None,
     include_flagged: Annotated[
         bool | None, typer.Option("--include-flagged", help="Feed samples with open errors, too.", show_default=False)
@@ -475,10 +475,8 @@ def top(
 def bench(
     stream: Annotated[str | None, typer.Argument(help="A stream's name; without one, what the options choose.", show_default=False)] = None,
     database: DatabaseUrl = None,
-    structure: Annotated[
-        list[str] | None, typer.Option(help="A structure whose masks are fed; again for more.", show_default=False)
-    ] = None,
-    where: Annotated[str | None, typer.Option(help="SQL condition over the view sample.", show_default=False)] = None,
+    structure: Structures = None,
+    where: Where = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a batch. [default: 8]", show_default=False)] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="At least so long, to the end of an epoch; at most twice.")] = 10.0,
     as_json: AsJson = False,
