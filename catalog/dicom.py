@@ -27,57 +27,9 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STANDARD_VR
 
 from catalog.errors import FileError
+from catalog.records import Frame, Instance
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One image of an instance. Lengths are in mm, times in ms; None where the file says nothing usable."""
-
-    frame: int  # counted from 0
-    rows: int
-    columns: int
-    samples_per_pixel: int
-    photometric: str
-    bits_stored: int
-    pixel_spacing: tuple[float, float] | None  # between rows, between columns: PS3.3 10.7.1.3
-    image_position: tuple[float, float, float] | None
-    image_orientation: tuple[float, float, float, float, float, float] | None
-    position: float | None  # along the slice normal: dot(image_position, cross(row direction, column direction))
-    slice_thickness: float | None
-    trigger_time: float | None
-    slope: float  # 1.0 where absent
-    intercept: float  # 0.0 where absent
-    window_center: float | None
-    window_width: float | None
-    pixel_hash: bytes  # sha256 of the decoded stored values, C order, little endian
-    offset: int | None  # of the frame's first byte in the file; None unless dtype is given
-    length: int  # bytes of the frame at offset; 0 unless dtype is given
-    dtype: str | None  # numpy's name, such as "<i2", where the bytes at offset are what pydicom decodes; else None
-
-
-@dataclass(frozen=True, slots=True)
-class Instance:
-    """One SOP object with its images. Text is as found less the padding at its end, empty where missing.
-
-    A NUL inside a text, which PostgreSQL cannot hold, and bytes that the character set cannot decode are U+FFFD.
-    """
-
-    patient_id: str
-    study_instance_uid: str
-    series_instance_uid: str
-    sop_instance_uid: str
-    sop_class_uid: str
-    modality: str
-    series_number: int | None
-    study_date: str
-    instance_number: int | None
-    images_in_acquisition: int | None
-    frame_of_reference_uid: str
-    transfer_syntax_uid: str
-    number_of_frames: int
-    frames: tuple[Frame, ...]
 
 
 # Names follow PS3.6 so that a message can give tag and name.

@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from catalog import contours, dicom
 from catalog.errors import FileError
 from catalog.layouts import Annotation, Entry, Image
+from catalog.records import Polygon, polygon
 
 FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own work a task is little beside reading them
 TASKS_AT_ONCE = 16
@@ -68,24 +66,6 @@ class NotPart:
 
 Result = ReadImage | ReadAnnotation | Refused | NotPart
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Polygon:
-    """A polygon as a row keeps it: x, y, x, y, … as read, points in each ring, area in px², sha256 of both."""
-
-    points: list[float]
-    rings: list[int]
-    area_px: float
-    content_hash: bytes
-
-
-def polygon(rings: Sequence[NDArray[np.float64]]) -> Polygon:
-    """Return rings, each (n, 2), as a row keeps them."""
-    points = np.concatenate(rings) if rings else np.empty((0, 2))
-    lengths = [len(ring) for ring in rings]
-    digest = hashlib.sha256(np.array(lengths, "<i8").tobytes() + points.astype("<f8").tobytes()).digest()
-    return Polygon(points.ravel().tolist(), lengths, contours.polygon_area(rings), digest)
 
 
 @contextlib.contextmanager
@@ -198,7 +178,7 @@ def _read_image(folder: str, item: Image) -> ReadImage:
     for uid in (found.study_instance_uid, found.series_instance_uid, found.sop_instance_uid):
         if len(uid) > LONGEST_UID:
             raise FileError("unreadable", f"a UID of {len(uid)} characters, where DICOM allows 64 (PS3.5 9.1), so the header is damaged")
-    content = hashlib.sha256(b"".join(frame.pixel_hash for frame in found.frames)).digest()
+    content = hashlib.sha256(b"".join(frame.pixel_hash or b"" for frame in found.frames)).digest()
     head = (
         item.entry.path, item.entry.size, item.entry.mtime_ns, item.patient, _text(found.study_instance_uid), _text(found.study_date),
         _text(found.series_instance_uid), _int4(found.series_number), _text(found.modality), _text(found.sop_instance_uid),

@@ -9,10 +9,10 @@ import numpy as np
 from psycopg.rows import dict_row
 
 from catalog import dicom
+from catalog.contours import unboxed, unflatten
 from catalog.database import Database
 from catalog.errors import CatalogError, FileError
 from catalog.overlay import Drawn, overlay
-from catalog.pairings import unboxed, unflatten
 
 IMAGE = """
 SELECT v.*, i.slope, i.intercept FROM image_all v JOIN image i ON i.id = v.sample_id WHERE v.sample_id = %s

@@ -128,8 +128,8 @@ def seen(conn: Connection, stream_id: int, *, going_on: bool) -> tuple[int, int,
     """
     row = conn.execute(
         "SELECT i.rows, i.columns, e.num_samples FROM epoch e JOIN epoch_order o ON o.epoch_id = e.id AND o.part = 0 "
-        "JOIN image i ON i.id = o.sample_ids[1] WHERE e.stream_id = %s AND e.order_sha256 IS NOT NULL "
-        "AND (%s OR e.catalog_changes = (SELECT count(*) FROM catalog_change)) ORDER BY e.id DESC LIMIT 1",
+        "JOIN image i ON i.id = o.sample_ids[1] WHERE e.stream_id = %s AND (%s OR e.order_sha256 IS NOT NULL "
+        "AND e.catalog_changes = (SELECT count(*) FROM catalog_change)) ORDER BY e.id DESC LIMIT 1",
         [stream_id, going_on],
     ).fetchone()
     return None if row is None else (row[0], row[1], row[2])
@@ -474,7 +474,13 @@ def _give_back(
         "AND stream_id = %(stream)s AND attempt = %(attempt)s AND rank = %(rank)s AND ended_epoch >= %(epoch)s",
         whose,
     )
-    conn.execute("UPDATE consumer SET reserved_epoch = %s, reserved_to = %s WHERE id = %s", [epoch, whose.get("keep", 0), consumer_id])
+    ledger.asked(conn, consumer_id, epoch, whose.get("keep", 0))
+    if attempt.num_ranks == 1:  # begun ahead, and never asked for
+        conn.execute(
+            "UPDATE epoch SET started_at = NULL WHERE run_id = %(run)s AND stream_id = %(stream)s AND epoch > %(epoch)s "
+            "AND NOT EXISTS (SELECT FROM ledger WHERE epoch_id = epoch.id)",
+            whose,
+        )
 
 
 def _owed(share: Share) -> list[Span]:

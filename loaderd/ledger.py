@@ -9,7 +9,8 @@ Functions of an open connection; the caller owns the transaction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -45,7 +46,7 @@ def reserve(
         ).fetchone()
         if row is not None:
             return int(row[0])
-    conn.execute("UPDATE consumer SET reserved_epoch = %s, reserved_to = %s WHERE id = %s", [epoch, upto, consumer_id], prepare=True)
+    asked(conn, consumer_id, epoch, upto)
     row = conn.execute(
         "INSERT INTO ledger (epoch_id, attempt, rank, outcome, positions, consumer) VALUES (%s, %s, %s, 'delivered', %s, %s) RETURNING id",
         [epoch_id, attempt, rank, positions, consumer],
@@ -60,7 +61,8 @@ WITH begun AS (
     UPDATE epoch SET started_at = coalesce(started_at, now()) WHERE id = %(epoch_id)s
     AND (started_at IS NOT NULL OR catalog_changes = (SELECT count(*) FROM catalog_change)) RETURNING id
 ), noted AS (
-    UPDATE consumer SET reserved_epoch = %(epoch)s, reserved_to = %(upto)s WHERE id = %(consumer_id)s AND EXISTS (SELECT FROM begun)
+    UPDATE consumer SET reserved_epoch = %(epoch)s, reserved_to = %(upto)s
+    WHERE id = %(consumer_id)s AND NOT %(ahead)s AND EXISTS (SELECT FROM begun)
 )
 INSERT INTO ledger (epoch_id, attempt, rank, outcome, positions, consumer)
 SELECT id, %(attempt)s, %(rank)s, 'delivered', %(positions)s, %(consumer)s FROM begun RETURNING id
@@ -69,23 +71,45 @@ SELECT id, %(attempt)s, %(rank)s, 'delivered', %(positions)s, %(consumer)s FROM 
 
 def begin_epoch(
     conn: Connection, epoch_id: int, attempt: int, spans: Sequence[Span], *, consumer_id: int, rank: int, consumer: str, epoch: int,
-    upto: int,
+    upto: int, ahead: bool,
 ) -> int | None:  # fmt: skip
     """`start_epoch` of an unchanged catalog and `reserve` in one statement, which commits by itself; None if the catalog changed.
 
-    A trainer waits for this one: five round trips would be in its way.
+    A trainer waits for this one: five round trips would be in its way. `ahead`: nobody asked for the epoch yet.
     """
     parameters = {
         "epoch_id": epoch_id, "attempt": attempt, "positions": multirange(spans), "consumer_id": consumer_id, "rank": rank,
-        "consumer": consumer, "epoch": epoch, "upto": upto,
+        "consumer": consumer, "epoch": epoch, "upto": upto, "ahead": ahead,
     }  # fmt: skip
+    with _alone(conn):
+        row = conn.execute(BEGIN, parameters, prepare=True).fetchone()
+    return None if row is None else int(row[0])
+
+
+def unchanged(conn: Connection, epoch_id: int) -> bool:
+    """Is the catalog as it was when this epoch was planned?"""
+    with _alone(conn):
+        row = conn.execute(
+            "SELECT catalog_changes = (SELECT count(*) FROM catalog_change) FROM epoch WHERE id = %s", [epoch_id], prepare=True
+        ).fetchone()
+    return row == (True,)
+
+
+def take_back(conn: Connection, epoch_id: int) -> None:
+    """Nobody asked for an epoch that was begun ahead: it is provisional again."""
+    conn.execute("DELETE FROM ledger WHERE epoch_id = %s", [epoch_id])
+    conn.execute("UPDATE epoch SET started_at = NULL WHERE id = %s", [epoch_id])
+
+
+@contextlib.contextmanager
+def _alone(conn: Connection) -> Iterator[None]:
+    """Have a statement commit by itself."""
     conn.autocommit = True
     try:
-        row = conn.execute(BEGIN, parameters, prepare=True).fetchone()
+        yield
     finally:
         if not conn.closed:
             conn.autocommit = False
-    return None if row is None else int(row[0])
 
 
 def settle(conn: Connection, ledger_id: int, announced: Iterable[Span], acknowledged: Iterable[Span]) -> None:
@@ -102,6 +126,11 @@ def take_out(conn: Connection, ledger_id: int, spans: Sequence[Span]) -> None:
     parameters = {"id": ledger_id, "out": multirange(spans)}
     conn.execute("DELETE FROM ledger WHERE id = %(id)s AND positions <@ %(out)s", parameters)
     conn.execute("UPDATE ledger SET positions = positions - %(out)s, acknowledged = acknowledged - %(out)s WHERE id = %(id)s", parameters)
+
+
+def asked(conn: Connection, consumer_id: int, epoch: int, upto: int) -> None:
+    """A consumer asked for an epoch; its positions before this one have rows."""
+    conn.execute("UPDATE consumer SET reserved_epoch = %s, reserved_to = %s WHERE id = %s", [epoch, upto, consumer_id], prepare=True)
 
 
 def reserved(conn: Connection, consumer_id: int, upto: int) -> None:

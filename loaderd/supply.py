@@ -177,6 +177,7 @@ class Supply:
         self._consumer_id = 0
         self._planner: orders.Planner | None = None
         self._begun = -1  # the last epoch that was asked for
+        self._ahead: tuple[int, int] | None = None  # (epoch_id, ledger_id) of the epoch that was begun before it is asked for
         self._work: sql.Composed
         self._shape = (0, 0)
         self._num_samples = 0
@@ -202,6 +203,10 @@ class Supply:
     def begin(self, plan: Plan, steps: Span | None) -> None:
         """Make an epoch final if the catalog is still as it was: posts `Started`, else plans again and posts `Started` with that."""
         self._commands.put(lambda: self._begin(plan, steps))
+
+    def begin_ahead(self, plan: Plan, steps: Span) -> None:
+        """Do what takes the disk's time before the trainer asks for an epoch; `begin` takes it back if the catalog changes until then."""
+        self._commands.put(lambda: self._begin_ahead(plan, steps))
 
     def fetch(self, plan: Plan, steps: Span, *, reserve: bool) -> None:
         """Fetch work; posts `Fetched`."""
@@ -497,8 +502,16 @@ class Supply:
         if self._closing.is_set():  # a reservation now would report what nobody is to see
             return None
         self._begun = max(self._begun, plan.epoch)
+        if self._ahead is not None:
+            epoch_id, ahead = self._ahead
+            if steps is not None and epoch_id == plan.epoch_id and ledger.unchanged(self._conn, epoch_id):
+                self._ahead = None
+                upto = self.share(plan).begins(steps[1])
+                self._unsafe(lambda: ledger.asked(self._conn, self._consumer_id, plan.epoch, upto))
+                return Started(plan, ahead)
+            self._take_back()
         if steps is not None and not plan.final and not self._again:
-            ledger_id = ledger.begin_epoch(self._conn, plan.epoch_id, self.attempt.number, **self._reservation(plan, steps))
+            ledger_id = ledger.begin_epoch(self._conn, plan.epoch_id, self.attempt.number, **self._reservation(plan, steps), ahead=False)
             if ledger_id is not None:
                 return Started(plan, ledger_id)
         if plan.final or not ledger.start_epoch(self._conn, plan.epoch_id, unchanged=True):
@@ -514,6 +527,24 @@ class Supply:
         ledger_id = None if steps is None else self._reserve(plan, steps)
         self._conn.commit()
         return Started(plan, ledger_id)
+
+    def _begin_ahead(self, plan: Plan, steps: Span) -> None:
+        if self._closing.is_set() or plan.final:
+            return
+        if self._again:  # PostgreSQL went away under it, perhaps behind the commit
+            ledger.take_back(self._conn, plan.epoch_id)
+            self._conn.commit()
+            return
+        ledger_id = ledger.begin_epoch(self._conn, plan.epoch_id, self.attempt.number, **self._reservation(plan, steps), ahead=True)
+        if ledger_id is not None:
+            self._ahead = plan.epoch_id, ledger_id
+
+    def _take_back(self) -> None:
+        """Nobody asked for what was begun ahead, or the catalog changed before."""
+        if self._ahead is not None:
+            ledger.take_back(self._conn, self._ahead[0])
+            self._conn.commit()
+            self._ahead = None
 
     def _reserve(self, plan: Plan, steps: Span) -> int:
         return ledger.reserve(self._conn, plan.epoch_id, self.attempt.number, **self._reservation(plan, steps), again=self._again)
@@ -617,6 +648,7 @@ class Supply:
 
     def _forget_provisional(self) -> None:
         """Delete what was prepared ahead and never asked for, unless another rank may ask for it, and a run that was fed nothing."""
+        self._take_back()
         if hasattr(self, "attempt"):
             attempts.forget_provisional(self._conn, self.attempt, self._consumer_id)
             self._conn.commit()

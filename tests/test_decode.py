@@ -216,10 +216,10 @@ def test_large_masks_are_cropped_and_come_back_whole(database_url: str, tmp_path
     take_in(database_url, folder)
     rows = conn.execute("SELECT rows, columns, box_rows, box_columns, area_px FROM mask").fetchall()
     assert rows and all(row[:2] == (1_100, 1_100) and row[2] < 1_100 > row[3] for row in rows)
-    from catalog import contours, pairings
+    from catalog import contours
 
     drawn = {
-        number: contours.rasterise(pairings.unflatten(points, rings), 1_100, 1_100, convention=convention)
+        number: contours.rasterise(contours.unflatten(points, rings), 1_100, 1_100, convention=convention)
         for number, points, rings, convention in conn.execute(
             "SELECT s.sample_id, a.points, a.rings, a.convention FROM sample s JOIN annotation a ON a.id = s.annotation_id "
             "WHERE s.structure = 'inner'"

@@ -132,7 +132,8 @@ def test_a_sample_that_kills_two_workers_is_left_out(
     monkeypatch.setenv("FAULTS_DEADLY", str(victim))
     with Feed(structures=["inner"], batch_size=4, seed=3, run="r") as feed:
         assert everything(feed, 2) == [[sample for sample in samples if sample != victim] for samples in orders]
-        assert json.loads(loaderd("status", "--json").stdout)["workers_replaced"] == 2
+        # A batch of the next epoch may have been on its way with it when the second one died.
+        assert json.loads(loaderd("status", "--json").stdout)["workers_replaced"] in (2, 3)
     flagged = "SELECT rule, severity, state FROM flag WHERE file_id = (SELECT file_id FROM location WHERE image_id = %s AND preferred)"
     assert conn.execute(flagged, [victim]).fetchall() == [("FEED-UNREADABLE", "error", "open")]
     rows = conn.execute("SELECT planned, delivered, unreadable, missing, twice, finished FROM epoch_coverage ORDER BY epoch").fetchall()

@@ -16,7 +16,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from catalog import database, dicom, ingest, pairings
+from catalog import contours, database, dicom, ingest
 from loaderd import Batch, Feed, FeedError, batches
 from tests.processes import daemons, wait_until
 
@@ -29,7 +29,7 @@ def stored(conn: psycopg.Connection, structure: str) -> dict[int, tuple[str, np.
         "WHERE s.structure = %s",
         [structure],
     )
-    return {sample: (path, pairings.unboxed(height, width, tuple(box), bits)) for sample, path, height, width, *box, bits in rows}  # type: ignore[arg-type]
+    return {sample: (path, contours.unboxed(height, width, tuple(box), bits)) for sample, path, height, width, *box, bits in rows}  # type: ignore[arg-type]
 
 
 def order(conn: psycopg.Connection, seed: int, epoch: int, structure: str = "inner") -> list[int]:

@@ -142,6 +142,49 @@ def test_resume_last_leaves_an_epoch_that_was_left(ingested: str, conn: psycopg.
         assert ids(feed) == [order(conn, 2, 1)[2:]]
 
 
+@pytest.mark.parametrize("then", ["catalog", "leave", "daemon", "nothing"])
+def test_an_epoch_begun_ahead_counts_once_it_is_asked_for(ingested: str, conn: psycopg.Connection, then: str) -> None:
+    """While the trainer works on the last batch of an epoch the next one is begun, and that is taken back if the catalog changes or the
+    trainer leaves; after the daemon's death the trainer goes on in it."""
+
+    def begun() -> list[Any]:
+        return conn.execute(
+            "SELECT e.started_at IS NOT NULL, count(l.id) FROM epoch e LEFT JOIN ledger l ON l.epoch_id = e.id "
+            "WHERE e.epoch = 1 GROUP BY e.id"
+        ).fetchall()
+
+    flagged = None
+    found: list[list[int]] = [[], [], []]
+    with Feed(structures=["inner"], batch_size=4, seed=3, run="x", slots=8) as feed:
+        for batch in feed.epochs(3):
+            found[batch.epoch].extend(batch.sample_ids.tolist())
+            if (batch.epoch, batch.index) == (0, len(feed) - 1):
+                assert wait_until(lambda: begun() == [(True, 1)])
+                assert conn.execute("SELECT max(reserved_epoch) FROM consumer").fetchone() == (0,)
+                if then == "leave":
+                    break
+                if then == "catalog":
+                    flagged = batch.sample_ids.tolist()[0]
+                    conn.execute(
+                        "INSERT INTO flag (rule, severity, detail, image_id, raised_by) VALUES ('TEST', 'error', 'wrong', %s, 'test')",
+                        [flagged],
+                    )
+                if then == "daemon":
+                    for pid in daemons():
+                        os.kill(pid, signal.SIGKILL)
+    assert found[0] == order(conn, 3, 0)
+    if then == "leave":
+        assert begun() == []
+        assert coverage(conn, "x") == [(0, N, N, 0, 0, 0, True)]
+        return
+    left = N - 1 if flagged else N
+    assert coverage(conn, "x") == [(0, N, N, 0, 0, 0, True), (1, left, left, 0, 0, 0, True), (2, left, left, 0, 0, 0, True)]
+    for number in (1, 2):
+        assert flagged not in found[number] and len(set(found[number])) == left
+        if not flagged:
+            assert found[number] == order(conn, 3, number)
+
+
 def test_a_pruned_epoch_is_not_fed_again(ingested: str, loaderd: Run) -> None:
     """A state that lies in an epoch whose order was pruned is refused with the remedy."""
     with Feed(structures=["inner"], batch_size=2, run="x") as feed:

@@ -2,10 +2,10 @@
 
 A layout is a module with
 
-* ``recognises(tree) -> bool``: does this folder look like mine?
-* ``read(tree) -> Found``: which files are images, which are annotations, and what each annotation says about its image.
+* ``recognises(tree) -> str | None``: why this folder looks like mine, in words, or None;
+* ``read(tree, options) -> Found``: which files are images, which are annotations, and what each annotation says about its image.
 
-A layout reads names and link tables, no image and no contour: `catalog.ingest` does that, in parallel.
+A layout reads names and small tables, no image and no annotation: `catalog.ingest` does that, in parallel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from catalog.errors import FileError
 
 LONGEST_PATH = 2_000  # bytes; PostgreSQL indexes at most 2,704
 
@@ -30,30 +32,39 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A file that should hold images. `patient` is the layout's name for its patient; `sure`: its name promises an image."""
+    """A file that should hold images.
+
+    `patient` is the layout's name for its patient; None: the file says it. `sure`: its name promises an image. `format` says what reads
+    it (`catalog.reading.FORMATS`), and `options` is what that needs besides the file, as JSON; a path in it is relative to the root.
+    """
 
     entry: Entry
-    patient: str
+    patient: str | None
     sure: bool
+    format: str = "dicom"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """A file with one polygon.
+    """A file that holds annotations, and what its name says about them.
 
     `candidates` are the image files that its name points at. Where there is none, `number` is looked for among the
-    InstanceNumbers below `folder`. Without a folder it stays unpaired, and `unpaired` says why.
+    InstanceNumbers below `folder`. Where it says neither, what the file itself says counts (`Drawn.refers_to`), and `unpaired` says why
+    nothing is looked for. `format` and `options` are as in `Image`.
     """
 
     entry: Entry
-    structure: str
-    reader: str
-    convention: Literal["corner", "centre"]
-    refers_to: dict[str, str | int]
-    number: int
-    candidates: tuple[str, ...]
-    folder: str | None
+    structure: str = ""
+    reader: str = ""
+    convention: Literal["corner", "centre"] = "centre"
+    refers_to: dict[str, Any] = field(default_factory=dict)
+    number: int | None = None
+    candidates: tuple[str, ...] = ()
+    folder: str | None = None
     unpaired: str = ""
+    format: str = "contour"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,17 @@ class Tree:
         self.root = root
         self.problems: list[Problem] = []
         self.entries = sorted(self._walk(), key=lambda entry: entry.path)
+
+    def read(self, path: str, limit: int) -> bytes:
+        """Return a small file of the tree. Raises FileError if it is over `limit` bytes or cannot be read."""
+        try:
+            with (self.root / path).open("rb") as file:
+                data = file.read(limit + 1)
+        except OSError as error:
+            raise FileError("unreadable", f"{error.strerror}; give read access, then ingest again") from None
+        if len(data) > limit:
+            raise FileError("unreadable", f"is over {limit} bytes, so it is not what its name says")
+        return data
 
     def _walk(self) -> Iterator[Entry]:
         folders = [self.root]
