@@ -1,37 +1,41 @@
-"""`catalog`: init, ingest, status, errors, sql, show, flag, patient."""
+"""`catalog`: init, ingest, measure, status, errors, digest, sql, show; the others' commands are in `cli_decide` and `cli_keep`."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import itertools
 import json
 import os
 import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
 from dataclasses import asdict
-from datetime import datetime
-from decimal import Decimal
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from catalog import flags
-from catalog.database import SQL_TIMEOUT_S, explain, open_database, schema_version, upgrade
+from catalog.cli_decide import flag_app, pair_app, patient_app
+from catalog.cli_keep import RunNumber, root_app, runs_app
+from catalog.database import SQL_TIMEOUT_S, Database, explain, open_database, schema_version, upgrade
 from catalog.errors import CatalogError, UsageError
+from catalog.output import AsJson, DatabaseUrl, number, plain, plural, print_json, print_table, progress, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Catalog of imaging studies.")
+app.add_typer(flag_app, name="flag")
+app.add_typer(pair_app, name="pair")
+app.add_typer(patient_app, name="patient")
+app.add_typer(runs_app, name="runs")
+app.add_typer(root_app, name="root")
+_print_table = print_table  # loaderd.cli imports it by this name
 
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option("--database", envvar="CATALOG_DATABASE_URL", help="PostgreSQL URL; without it the embedded database.", show_default=False),
-]
-Actor = Annotated[str | None, typer.Option(help="Who decides; by default the OS user.", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; changes nothing.")]
-PatientName = Annotated[str, typer.Argument(metavar="PATIENT", help="PatientID, or the layout's name for the patient.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+class Hash(StrEnum):
+    """What of each file is hashed."""
+
+    FULL = "full"
+    HEAD = "head"
+    NONE = "none"
 
 
 @app.command()
@@ -45,37 +49,136 @@ def init(database: DatabaseUrl = None) -> None:
 
 @app.command()
 def ingest(
-    folder: Annotated[Path, typer.Argument(help="The folder that holds the studies.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder, or URL with ://, that holds the studies.")],
     database: DatabaseUrl = None,
-    layout: Annotated[str, typer.Option(help="auto looks by itself; or sunnybrook.")] = "auto",
+    layout: Annotated[str, typer.Option(help="auto looks by itself; or the name of one, such as sunnybrook or dicom.")] = "auto",
+    table: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A CSV or Parquet that says which file is what.", show_default=False)
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=NAME", help="How the table calls a column, such as image=path; again for more.", show_default=False),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="FILE", help="TOML with regular expressions over paths.", show_default=False)
+    ] = None,
+    reader: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="A layout of your own, in Python.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Share from which a pixel of a fractional DICOM SEG belongs to the mask; 0.5.", show_default=False)
+    ] = None,
+    hashing: Annotated[
+        Hash | None,
+        typer.Option(
+            "--hash",
+            help="full: files and pixels, for a folder the default; head: of each file the first 64 KiB, so a change behind them that "
+            "keeps size and time is not seen, and no pixels; none, for a URL the default: moved files are new ones. Without pixels hashed, "
+            "see `catalog measure`.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The root's name; by default the folder's.", show_default=False)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Reading processes; by default one a core.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be found; touches no database.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Take in what is new or changed below a folder. Exit code 3: some files could not be used; see `catalog errors`."""
+    from catalog.remote import is_url
+
+    options: dict[str, Any] = {
+        "table": _file(table),
+        "columns": _columns(column),
+        "pattern": _file(pattern),
+        "reader": reader,
+        "threshold": threshold,
+    }
+    options = {role: value for role, value in options.items() if value is not None}
+    place = folder if is_url(folder) else Path(folder)
+    if dry_run:
+        _look(place, layout, options, as_json)
+        return
+    with open_database(database) as db:
+        _ingest(db, place, as_json, layout=layout, options=options, name=name, hashing=hashing and hashing.value, jobs=jobs)
+
+
+@runs_app.command("retry")
+def runs_retry(
+    run: RunNumber,
+    database: DatabaseUrl = None,
+    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Reading processes; by default one a core.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be found; changes nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ingest the root of a run again with its layout and hash: what failed is tried again, and what is new or changed taken in."""
+    from catalog import runs
+    from catalog.remote import is_url
+
+    with open_database(database) as db:
+        url, layout, hashing = runs.again(db, run)
+        place = url if is_url(url) else Path(url)
+        if dry_run:
+            _look(place, layout, {}, as_json)
+        else:
+            _ingest(db, place, as_json, layout=layout, hashing=hashing, jobs=jobs)
+
+
+def _file(path: str | None) -> str | None:
+    """Return a file as a layout takes it: absolute if it is there for the user, else relative to the root."""
+    return str(Path(path).resolve()) if path is not None and Path(path).is_file() else path
+
+
+def _columns(given: list[str] | None) -> dict[str, str] | None:
+    columns = {}
+    for one in given or ():
+        role, equals, column = one.partition("=")
+        if not (role and equals and column) or role in columns:
+            raise UsageError("--column: is ROLE=NAME, each role once, such as --column image=path")
+        columns[role] = column
+    return columns or None
+
+
+def _look(place: Path | str, layout: str, options: dict[str, Any], as_json: bool) -> None:
+    """Say what an ingest would find, by names and tables alone; ends with exit code 3 where something is wrong."""
+    from catalog.ingest import find
+
+    layout, found = find(place, layout, options)
+    paired: list[dict[str, Any]] = []
+    proposed: list[dict[str, Any]] = []
+    unpaired: list[dict[str, Any]] = []
+    inside: list[str] = []
+    for drawn in found.annotations:
+        if drawn.unpaired:
+            unpaired.append({"path": drawn.entry.path, "why": drawn.unpaired})
+        elif drawn.candidates:
+            (paired if len(drawn.candidates) == 1 else proposed).append({"path": drawn.entry.path, "images": list(drawn.candidates)})
+        else:  # a number that is looked for in headers, or what the file itself says
+            inside.append(drawn.entry.path)
+    if as_json:
+        counts = {"layout": layout, "chosen": found.chosen, "images": len(found.images), "annotations": len(found.annotations)}
+        pairs = {"paired": len(paired), "proposed": proposed, "by_content": inside, "unpaired": unpaired, "left_over": found.left_over}
+        print_json({**counts, **pairs, "problems": [asdict(problem) for problem in found.problems]})
+    else:
+        typer.echo(f"layout {', '.join(found.chosen) or layout}: {number(len(found.images), 'image file')}, "
+                   f"{number(len(found.annotations), 'annotation file')}: {len(paired)} would be paired, {len(proposed)} proposed, "
+                   f"{len(inside)} by what stands inside, {len(unpaired)} unpaired; {found.left_over} left over")  # fmt: skip
+        for one in proposed:
+            typer.echo(f"  proposed  {one['path']}: {', '.join(one['images'])}")
+        for one in unpaired:
+            typer.echo(f"  unpaired  {one['path']}: {one['why']}")
+        for problem in found.problems:
+            typer.echo(f"  refused   {problem.path}: {problem.message}")
+    if found.problems:
+        raise typer.Exit(3)
+
+
+def _ingest(db: Database, place: Path | str, as_json: bool, **how: Any) -> None:
     from catalog import ingest as ingesting
 
-    if dry_run:
-        chosen, found = ingesting.find(folder, layout)
-        counts = {"layout": chosen, "images": len(found.images), "annotations": len(found.annotations), "left_over": found.left_over}
-        problems = [asdict(problem) for problem in found.problems]
-        unpaired = [drawn.entry.path for drawn in found.annotations if drawn.folder is None]
-        if as_json:
-            typer.echo(json.dumps({**counts, "unpaired": unpaired, "problems": problems}, indent=2))
-        else:
-            typer.echo(
-                f"layout {chosen}: {len(found.images)} image files, {len(found.annotations)} annotations, {found.left_over} left over"
-            )
-            for path in unpaired:
-                typer.echo(f"  unpaired  {path}")
-            for problem in found.problems:
-                typer.echo(f"  problem   {problem.path}: {problem.message}")
-        raise typer.Exit(3 if problems else 0)
-    with open_database(database) as db, _progress("reading files") as progress:
-        summary = ingesting.ingest(db, folder, layout=layout, name=name, jobs=jobs, progress=progress, say=_say)
+    with progress("reading files") as update:
+        summary = ingesting.ingest(db, place, progress=update, say=say, **how)
     if as_json:
-        typer.echo(json.dumps(asdict(summary), indent=2))
+        print_json(asdict(summary))
     else:
         rate = f" ({summary.files_read / summary.seconds:.0f} files/s)" if summary.files_read else ", nothing new"
         typer.echo(
@@ -83,11 +186,55 @@ def ingest(
             f"{summary.paired} paired, {summary.proposed} proposed, {summary.unpaired} unpaired; {summary.masks} masks; "
             f"{summary.standing_errors} errors; {summary.files_read} files read in {summary.seconds:.1f} s{rate}"
         )
+        if summary.fell_back:
+            share = summary.fell_back / max(summary.files_read, 1)
+            typer.echo(f"of {summary.fell_back} files ({share:.1%}) pydicom read the header, the others our own reader")
+        if summary.moved:
+            typer.echo(f"{number(summary.moved, 'file')} moved within the root, and are known still")
         if summary.missing:
             typer.echo(f"{summary.missing} files are gone and were marked missing")
     if summary.standing_errors:
-        _say(f"{summary.standing_errors} errors stand; see `catalog errors`")
+        say(f"{summary.standing_errors} errors stand; see `catalog errors`")
         raise typer.Exit(3)
+
+
+@app.command()
+def measure(
+    database: DatabaseUrl = None,
+    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Processes; by default one a core.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read the pixels of what was not measured yet: hash, least, largest, mean, entropy. Stop it at any time; it goes on where it ended."""
+    from catalog import measuring
+
+    with open_database(database) as db, progress("measuring images") as update:
+        summary = measuring.measure(db, jobs=jobs, limit=limit, progress=update, say=say)
+    if as_json:
+        print_json(asdict(summary))
+    else:
+        rate = f" ({summary.measured / summary.seconds:.0f} images/s)" if summary.measured and summary.seconds else ""
+        typer.echo(f"{number(summary.measured, 'image')} measured, {summary.hashed} hashed in {summary.seconds:.1f} s{rate}")
+        for why, count in summary.left.items():
+            typer.echo(f"  {number(count, 'image')} left: {why}")
+        if summary.not_measured:
+            typer.echo(f"not measured: {number(summary.not_measured, 'image')}")
+    if summary.flagged:
+        say(f"{number(summary.flagged, 'file')} could not be read and were flagged; see `catalog flag list`")
+        raise typer.Exit(3)
+
+
+@app.command()
+def digest(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Print one sha256 of what the catalog says: equal for equal content, however it came in. --json: of each table, too."""
+    from catalog import digest as digesting
+
+    with open_database(database) as db:
+        whole, tables = digesting.digest(db)
+    if as_json:
+        print_json({"sha256": whole, "tables": {table: asdict(one) for table, one in tables.items()}})
+    else:
+        typer.echo(whole)
 
 
 @app.command()
@@ -123,7 +270,7 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(found, indent=2))
         return
     typer.echo(f"{db.name}, schema {version}")
-    typer.echo("  " + ", ".join(f"{count} {table if count == 1 else _plural(table)}" for table, count in counts.items()))
+    typer.echo("  " + ", ".join(f"{count} {table if count == 1 else plural(table)}" for table, count in counts.items()))
     for name, url, files, away in roots:
         typer.echo(f"  root {name}: {url}, {files} files" + (f", {away} missing or unreadable" if away else ""))
     for structure, count, flagged in samples:
@@ -131,7 +278,7 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
     for rule, severity, count in open_flags:
         typer.echo(f"  open flags {rule} ({severity}): {count}")
     if revoked:
-        typer.echo(f"  revoked: {_number(revoked, 'sample')}, of which nothing is fed")
+        typer.echo(f"  revoked: {number(revoked, 'sample')}, of which nothing is fed")
     if not roots:
         typer.echo("  nothing ingested yet: catalog ingest FOLDER")
 
@@ -154,8 +301,11 @@ def errors(
     if as_json:
         typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2))
     else:
-        for number, root, path, stage, code, message in rows:
-            typer.echo(f"run {number}  {root}/{path}  [{stage}: {code}]  {message}")
+        for of_run, root, path, stage, code, message in rows:
+            typer.echo(f"run {of_run}  {root}/{path}  [{stage}: {code}]  {message}")
+        if len(rows) > 1:
+            by_code = Counter(code for *_, code, _ in rows).most_common()
+            say(f"{number(len(rows), 'error')}: {', '.join(f'{count} {code}' for code, count in by_code)}; see `catalog runs show`")
 
 
 @app.command()
@@ -186,13 +336,13 @@ def sql(
         except psycopg.Error as error:
             raise CatalogError(f"sql: {error.diag.message_primary or str(error).splitlines()[0]}") from error
     if as_json:
-        typer.echo(json.dumps([dict(zip(names, map(_plain, row), strict=True)) for row in rows], indent=2))
+        typer.echo(json.dumps([dict(zip(names, map(plain, row), strict=True)) for row in rows], indent=2))
     elif as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows([["" if value is None else _plain(value) for value in row] for row in rows])
+        writer.writerows([["" if value is None else plain(value) for value in row] for row in rows])
     else:
-        _print_table(names, [["" if value is None else str(_plain(value)) for value in row] for row in rows])
+        print_table(names, [["" if value is None else str(plain(value)) for value in row] for row in rows])
 
 
 @app.command()
@@ -208,248 +358,6 @@ def show(
         png = showing.picture(db, sample)
     output.write_bytes(png)
     typer.echo(str(output))
-
-
-flag_app = typer.Typer(no_args_is_help=True, help="Findings: raise, list and close them.")
-app.add_typer(flag_app, name="flag")
-patient_app = typer.Typer(no_args_is_help=True, help="Consent: withdraw it, give it back.")
-app.add_typer(patient_app, name="patient")
-# The words of an unquoted name are taken, so that no message of the command line's parser repeats them.
-ONE_NAME = {"allow_extra_args": True}
-
-
-@flag_app.command("add", context_settings=ONE_NAME)
-def flag_add(
-    context: typer.Context,
-    subject: Annotated[str, typer.Argument(help="sample:17, file:9, annotation:3, pairing:5, series:UID, study:UID or patient:NAME.")],
-    rule: Annotated[str, typer.Option(help="A short code, such as BAD-CONTOUR.")],
-    detail: Annotated[str, typer.Option(help="What was found, in words.")],
-    severity: Annotated[flags.Severity, typer.Option(help="Open errors keep samples out of feeding.")] = flags.Severity.ERROR,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Feed nothing of it any more, at once, from frozen streams too.")] = False,
-    actor: Actor = None,
-    dry_run: DryRun = False,
-    database: DatabaseUrl = None,
-) -> None:
-    """Raise a flag; says what it keeps out, and with --revoke which runs saw it. Daemons take up to a second: again lists all."""
-    _one_name(context)
-    with open_database(database) as db:
-        added = flags.add(db, subject, rule=rule, detail=detail, severity=severity, revoke=revoke, actor=actor, dry_run=dry_run)
-    _say_dry(dry_run)
-    kind, _, name = subject.partition(":")
-    for flag in added.flags:
-        _print_flag(flag, f"{kind} {name}" if flags.NAMED_BY[kind][1] == "id" else f"the {kind}")
-    samples = _number(added.images, "sample")
-    if any(flag.revokes for flag in added.flags):
-        typer.echo(f"affects {samples}, fed no more, and what is ingested of it later")
-        _print_seen(added.seen)
-    elif any(flag.severity == flags.Severity.ERROR for flag in added.flags):
-        typer.echo(f"affects {samples}, left out from the next epoch on")
-    else:
-        typer.echo(f"affects {samples}, fed all the same: it is no error")
-
-
-@flag_app.command("list")
-def flag_list(
-    rule: Annotated[str | None, typer.Option(help="Those of this rule alone.", show_default=False)] = None,
-    state: Annotated[flags.State, typer.Option(help="open, or all with those that were closed.")] = flags.State.OPEN,
-    database: DatabaseUrl = None,
-    as_json: AsJson = False,
-) -> None:
-    """List flags, oldest first."""
-    with open_database(database) as db:
-        rows = flags.listed(db, rule=rule, state=state)
-    if as_json:
-        typer.echo(json.dumps([{name: _plain(value) for name, value in row.items()} for row in rows], indent=2))
-    elif not rows:
-        typer.echo("no flags" if state == flags.State.ALL else "no open flags")
-    else:
-        names = [name for name in rows[0] if state == flags.State.ALL or name not in ("state", "closed_by", "closed_at", "reason")]
-        _print_table(names, [[_cell(row[name]) for name in names] for row in rows])
-
-
-@flag_app.command("close")
-def flag_close(
-    ids: Annotated[list[int], typer.Argument(metavar="ID...", help="As `catalog flag list` shows.")],
-    reason: Annotated[str, typer.Option(help="Why, in words.")],
-    false_positive: Annotated[bool, typer.Option("--false-positive", help="There was nothing wrong.")] = False,
-    actor: Actor = None,
-    dry_run: DryRun = False,
-    database: DatabaseUrl = None,
-) -> None:
-    """Close flags, all or none. What they kept out is fed again, unless another flag keeps it out."""
-    with open_database(database) as db:
-        closed = flags.close(db, ids, reason=reason, false_positive=false_positive, actor=actor, dry_run=dry_run)
-    _say_dry(dry_run)
-    _print_closed(closed)
-
-
-@patient_app.command(context_settings=ONE_NAME)
-def withdraw(
-    context: typer.Context,
-    patient: PatientName,
-    reason: Annotated[str, typer.Option(help="More about it, in words.", show_default=False)] = "",
-    actor: Actor = None,
-    dry_run: DryRun = False,
-    database: DatabaseUrl = None,
-    as_json: AsJson = False,
-) -> None:
-    """Consent is withdrawn: feed nothing of the patient any more, also of what comes later; says which trainings saw the patient.
-
-    Running daemons take up to a second: the same command again lists what they delivered until then.
-    """
-    _one_name(context)
-    with open_database(database) as db:
-        added = flags.withdraw(db, patient, reason=reason, actor=actor, dry_run=dry_run)
-    _say_dry(dry_run)
-    [flag] = added.flags
-    if as_json:
-        found = {"flag": flag.id, "change": flag.change, "dry_run": dry_run, "images": added.images, "annotations": added.annotations}
-        seen = [{name: _plain(value) for name, value in asdict(one).items()} for one in added.seen]
-        typer.echo(json.dumps({**found, "seen": seen}, indent=2))
-        return
-    _print_flag(flag, "the patient")
-    typer.echo(f"takes out {_number(added.images, 'image')} and {_number(added.annotations, 'annotation')}, and what is ingested later")
-    _print_seen(added.seen)
-
-
-@patient_app.command(context_settings=ONE_NAME)
-def reinstate(
-    context: typer.Context,
-    patient: PatientName,
-    reason: Annotated[str, typer.Option(help="Why, in words.")],
-    actor: Actor = None,
-    dry_run: DryRun = False,
-    database: DatabaseUrl = None,
-) -> None:
-    """Consent is given again: close the flag of `catalog patient withdraw`."""
-    _one_name(context)
-    with open_database(database) as db:
-        closed = flags.reinstate(db, patient, reason=reason, actor=actor, dry_run=dry_run)
-    _say_dry(dry_run)
-    _print_closed(closed)
-    if not closed:
-        typer.echo("the patient is not withdrawn: nothing changed")
-
-
-def _one_name(context: typer.Context) -> None:
-    if context.args:
-        raise UsageError("one at a time; a name with spaces goes into quotes")
-
-
-def _say_dry(dry_run: bool) -> None:
-    if dry_run:
-        _say("dry run: nothing was changed; this is what would be said")
-
-
-def _print_flag(flag: flags.Flag, on: str) -> None:
-    what = f"flag {flag.id or '(new)'} ({flag.severity}{', revokes' if flag.revokes else ''}) on {on}"
-    if flag.change is None:
-        typer.echo(f"{what} is open already, raised by {flag.raised_by} at {_cell(flag.raised_at)}: nothing changed")
-    else:
-        typer.echo(f"{what} {flag.change}")
-
-
-def _print_closed(closed: list[flags.Closed]) -> None:
-    for flag in closed:
-        if not flag.changed:
-            typer.echo(f"flag {flag.id} was closed already by {flag.closed_by} at {_cell(flag.closed_at)} ({flag.state}): nothing changed")
-            continue
-        freed = f"; {_number(flag.freed, 'sample')} no longer revoked" if flag.revoked else ""
-        held = f", {flag.held} still are by other flags" if flag.held else ""
-        typer.echo(f"flag {flag.id} ({flag.rule}) closed: {flag.state}{freed}{held}")
-
-
-def _print_seen(seen: list[flags.Seen]) -> None:
-    if not seen:
-        typer.echo("no run saw any of it")
-        return
-    typer.echo(f"seen already by {_number(len({one.run for one in seen}), 'run')}:")
-    rows = []
-    for one in seen:
-        samples = f"{one.samples}{'+' if one.pruned else ''}"
-        times = [_cell(one.first), _cell(one.last)]
-        models = ", ".join(one.models) or "none noted"
-        rows.append([one.run, one.stream_name or str(one.stream), _ranges(one.epochs), samples, str(one.deliveries), *times, models])
-    _print_table(["run", "stream", "epochs", "samples", "deliveries", "first", "last", "models"], rows)
-    if any(one.pruned for one in seen):
-        typer.echo("+ perhaps more in pruned epochs, of which only the patients are known")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return sorted numbers as 0-3, 5."""
-    runs = [[at for _, at in group] for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun if count == 1 else _plural(noun)}"
-
-
-def _cell(value: Any) -> str:
-    """Return a value as one line of a table."""
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
-    return "" if value is None else " ".join(str(value).split())
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON and CSV can carry it."""
-    if isinstance(value, memoryview | bytes):
-        return bytes(value).hex()
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, uuid.UUID) or (value is not None and not isinstance(value, str | int | float | bool | dict)):
-        return str(value)
-    return value
-
-
-def _print_table(names: list[str], rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    numbers = [all(value.replace(".", "", 1).lstrip("-").isdigit() or not value for value in column) for column in zip(*rows, strict=True)]
-    for number, row in enumerate([names, *rows]):
-        cells = [
-            value.rjust(width) if numeric else value.ljust(width)
-            for value, width, numeric in zip(row, widths, numbers or [False] * len(names), strict=True)
-        ]
-        typer.echo("  ".join(cells).rstrip())
-        if number == 0:
-            typer.echo("  ".join("-" * width for width in widths))
-
-
-def _plural(noun: str) -> str:
-    return {"patient": "patients", "study": "studies", "series": "series"}.get(noun, noun + "s")
-
-
-def _say(line: str) -> None:
-    typer.echo(f"catalog: {line}", err=True)
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show files/s and the time left on stderr, ten times a second; nothing when that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=10, transient=True) as bar:
-        task = bar.add_task(what, total=None, rate="")
-
-        def update(done: int, total: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.0f} files/s" if speed else "")
-
-        yield update
 
 
 # Typer exports neither, and since 0.16 carries a click of its own.

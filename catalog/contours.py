@@ -251,9 +251,9 @@ def unpack(bits: bytes, rows: int, columns: int) -> BoolArray:
     return flat.view(np.bool_).reshape(rows, columns)
 
 
-def unflatten(points: Sequence[float], rings: Sequence[int]) -> list[FloatArray]:
-    """Return the rings, each (n, 2) float64, of a polygon as a row keeps it."""
-    flat = np.asarray(points, np.float64).reshape(-1, 2)
+def unflatten(points: Sequence[float], rings: Sequence[int], width: int = 2) -> list[FloatArray]:
+    """Return the rings, each (n, width) float64, of a polygon as a row keeps it."""
+    flat = np.asarray(points, np.float64).reshape(-1, width)
     return np.split(flat, np.cumsum(rings)[:-1]) if len(rings) else []
 
 

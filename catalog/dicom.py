@@ -1,14 +1,13 @@
-"""One DICOM file → its images: where the pixels lie, their geometry, a hash of what they hold; and decoding one frame.
+"""One DICOM file → its images: where the pixels lie, their geometry, a hash of what they hold; and one frame's values.
 
 Values are taken from the raw elements and kept as found: real archives hold UIDs that break PS3.5 9.1, dates such as
 20120000 and text that fails every VR check. Nothing here validates or rewrites an identifier, and no message repeats one.
 """
 
-import hashlib
-import math
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,32 +18,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from pydicom import uid as uids
-from pydicom.charset import decode_bytes
-from pydicom.dataset import Dataset
-from pydicom.filereader import dcmread, read_partial
-from pydicom.pixels import get_decoder, iter_pixels, pixel_array
+from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STANDARD_VR
 
+from catalog import elements, pixels
+from catalog.elements import named
 from catalog.errors import FileError
+from catalog.pixels import UNDEFINED, Array, Pixels
 from catalog.records import Frame, Instance
-
-Array = npt.NDArray[Any]
-
-
-# Names follow PS3.6 so that a message can give tag and name.
-_NAMES = {
-    0x00020010: "Transfer Syntax UID",
-    0x00280002: "Samples per Pixel",
-    0x00280008: "Number of Frames",
-    0x00280010: "Rows",
-    0x00280011: "Columns",
-    0x00280100: "Bits Allocated",
-    0x00280101: "Bits Stored",
-    0x00281052: "Rescale Intercept",
-    0x00281053: "Rescale Slope",
-    0x7FE00010: "Pixel Data",
-}
 
 _TRANSFER_SYNTAX = Tag(0x00020010)
 _CHARACTER_SET = Tag(0x00080005)
@@ -69,6 +51,7 @@ _PLANE_ORIENTATION = Tag(0x00209116)
 _TRIGGER_DELAY = Tag(0x00209153)
 _SAMPLES = Tag(0x00280002)
 _PHOTOMETRIC = Tag(0x00280004)
+_PLANAR = Tag(0x00280006)
 _FRAMES = Tag(0x00280008)
 _ROWS = Tag(0x00280010)
 _COLUMNS = Tag(0x00280011)
@@ -80,25 +63,23 @@ _WINDOW_CENTER = Tag(0x00281050)
 _WINDOW_WIDTH = Tag(0x00281051)
 _INTERCEPT = Tag(0x00281052)
 _SLOPE = Tag(0x00281053)
+_MODALITY_LUT = Tag(0x00283000)
 _PIXEL_MEASURES = Tag(0x00289110)
 _FRAME_VOI = Tag(0x00289132)
 _PIXEL_VALUE_TRANSFORMATION = Tag(0x00289145)
 _SHARED_GROUPS = Tag(0x52009229)
 _PER_FRAME_GROUPS = Tag(0x52009230)
-_PIXEL_DATA = Tag(0x7FE00010)
+_EXTENDED_OFFSETS = Tag(0x7FE00001)
+_EXTENDED_LENGTHS = Tag(0x7FE00002)
 
-_HEADER_TAGS: list[BaseTag] = [
-    value for name, value in list(globals().items()) if name.startswith("_") and isinstance(value, BaseTag) and value != _PIXEL_DATA
-]
-# A set, because pydicom's tags compare slowly and this is asked for every element.
-_PIXEL_TAGS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))
-_UNDEFINED = 0xFFFFFFFF
+_HEADER_TAGS: list[BaseTag] = [value for name, value in list(globals().items()) if name.startswith("_") and isinstance(value, BaseTag)]
+_LUT_DESCRIPTOR, _LUT_DATA = Tag(0x00283002), Tag(0x00283006)
+_PIXEL_DATA = 0x7FE00010
+# Plain numbers, because pydicom's tags compare slowly and this is asked for every element.
+_PIXEL_KEYWORDS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", _PIXEL_DATA: "PixelData"}
 # Below this the whole file is read at once: parsing asks for the position some 180 times, which memory answers 10 times faster.
 _READ_WHOLE = 8 * 1024 * 1024
-# A damaged Rows or Columns must not make a decoder ask for all memory there is: compressed data does not say how large it gets.
-_MOST_DECODED = 1 << 30
-_LITTLE_ENDIAN = (str(uids.ImplicitVRLittleEndian), str(uids.ExplicitVRLittleEndian))
-_NATIVE = (*_LITTLE_ENDIAN, str(uids.ExplicitVRBigEndian))
+_BUFFER = 64 * 1024
 # Groups hold the elements of PS3.3 C.7.6.16: where an element of a frame may stand in an enhanced object.
 _IN_GROUP = {
     _IMAGE_POSITION: _PLANE_POSITION,
@@ -123,45 +104,56 @@ def is_dicom(path: Path | str) -> bool:
         return _sniff(file)
 
 
-def read_instance(path: Path | str) -> Instance:
+def read_instance(path: Path | str, *, hash_pixels: bool = True) -> Instance:
     """Return what one file says about its images, with a hash of each frame's stored values.
 
-    The header is parsed up to the pixel data. Uncompressed little-endian pixels are hashed as they lie; everything else
-    is decoded for the hash, which costs about what decoding it costs. For a lossy transfer syntax the decoded values, and
-    so the hash, may depend on which decoder is installed.
+    Uncompressed little-endian pixels are hashed as they lie; everything else is decoded for the hash, which costs about what decoding
+    it costs. For a lossy transfer syntax the decoded values, and so the hash, may depend on which decoder is installed.
 
-    Where the pixel data holds more frames than Number of Frames says, the header is believed. A multi-frame object without
-    functional groups has the header's position on its first frame only.
+    With `hash_pixels=False` no pixels are read (a deflated file is inflated all the same): `pixel_hash` is None, damage inside
+    compressed data is not noticed, and a dtype is given although bits above Bits Stored may be in use. Who reads by offset then clears
+    them: with s = bits allocated − bits stored, ``(values << s) >> s`` in that dtype, which is what a decoder does (PS3.5 8.1.1).
+
+    An object without pixels, such as a plan or a report, has no frames. Where the pixel data holds more frames than Number of Frames
+    says, the header is believed. A multi-frame object without functional groups has the header's position on its first frame only.
+    Where the transfer syntax is missing, the one that the elements' encoding leaves as the only possible one is given.
+
+    A Modality LUT Sequence goes before Rescale Slope and Intercept (PS3.3 C.11.1): frames with `modality_lut` have neither of the two
+    and no dtype, and `decode_values` gives their values.
 
     Raises:
-        FileError: ``not-dicom``; ``no-pixels`` for an object without an image; ``truncated`` for pixel data shorter than
-            the header promises; ``no-decoder`` where the installed decoders cannot decode its transfer syntax;
-            ``unreadable`` for the rest. The message does not repeat the path.
+        FileError: ``not-dicom``; ``dicomdir`` for the index of a medium; ``no-pixels`` for an image whose pixels are missing, or for
+            nothing that tells what it is; ``truncated`` for a file that ends before what its header promises; ``no-decoder`` where
+            the installed decoders cannot decode its transfer syntax; ``unreadable`` for the rest. The message does not repeat the path.
     """
-    with _opened(path) as file, _quiet():
+    with _opened(path, whole=hash_pixels) as file, _quiet():
         header = _read_header(file)
-        dtype, hashes = _hash_frames(file, header)
         dataset = header.dataset
-        shared = _groups(dataset, _SHARED_GROUPS)
-        per_frame = _groups(dataset, _PER_FRAME_GROUPS)
+        frames: list[Frame] = []
+        if (image := header.pixels) is not None:
+            if image.modality_lut:
+                _modality_lut(header)
+            if hash_pixels:
+                dtype, hashes = pixels.hashes(image)
+                frames = [_frame(header, index, dtype, pixel_hash) for index, pixel_hash in enumerate(hashes)]
+            else:
+                dtype = pixels.plain_dtype(image)
+                frames = [_frame(header, index, dtype, None) for index in range(image.number_of_frames)]
         return Instance(
-            patient_id=_text(dataset, _PATIENT_ID),
-            study_instance_uid=_text(dataset, _STUDY),
-            series_instance_uid=_text(dataset, _SERIES),
-            sop_instance_uid=_text(dataset, _SOP_INSTANCE),
-            sop_class_uid=_text(dataset, _SOP_CLASS),
-            modality=_text(dataset, _MODALITY),
-            series_number=_whole_number(dataset, _SERIES_NUMBER),
-            study_date=_text(dataset, _STUDY_DATE),
-            instance_number=_whole_number(dataset, _INSTANCE_NUMBER),
-            images_in_acquisition=_whole_number(dataset, _IMAGES_IN_ACQUISITION),
-            frame_of_reference_uid=_text(dataset, _FRAME_OF_REFERENCE),
+            patient_id=elements.text(dataset, _PATIENT_ID),
+            study_instance_uid=elements.text(dataset, _STUDY),
+            series_instance_uid=elements.text(dataset, _SERIES),
+            sop_instance_uid=elements.text(dataset, _SOP_INSTANCE),
+            sop_class_uid=elements.text(dataset, _SOP_CLASS),
+            modality=elements.text(dataset, _MODALITY),
+            series_number=elements.whole_number(dataset, _SERIES_NUMBER),
+            study_date=elements.text(dataset, _STUDY_DATE),
+            instance_number=elements.whole_number(dataset, _INSTANCE_NUMBER),
+            images_in_acquisition=elements.whole_number(dataset, _IMAGES_IN_ACQUISITION),
+            frame_of_reference_uid=elements.text(dataset, _FRAME_OF_REFERENCE),
             transfer_syntax_uid=header.transfer_syntax,
-            number_of_frames=header.number_of_frames,
-            frames=tuple(
-                _frame(header, index, shared[:1], per_frame[index : index + 1], dtype=dtype, pixel_hash=pixel_hash)
-                for index, pixel_hash in enumerate(hashes)
-            ),
+            number_of_frames=len(frames),
+            frames=tuple(frames),
         )
 
 
@@ -169,52 +161,68 @@ def decode_frame(path: Path | str, frame: int) -> Array:
     """Return the stored values of one frame, decoded by pydicom: before rescale and window.
 
     Returns:
-        (rows, columns), or (rows, columns, samples) for colour, converted to RGB where it was stored as YBR; C order,
-        native byte order, a new array. The dtype is that of the stored values, uint8 for single bits.
+        (rows, columns), or (rows, columns, samples) for colour, converted to RGB where it was stored as YBR; indices where it has a
+        palette; C order, native byte order, a new array. The dtype is that of the stored values, uint8 for single bits.
 
     Raises:
-        FileError: As `read_instance`; ``unreadable`` also if the file does not hold that frame.
+        FileError: As `read_instance`; ``no-pixels`` for every object without pixels, ``unreadable`` for a frame that it does not hold.
+    """
+    with _opened(path) as file, _quiet():
+        return pixels.decoded(_pixels_of(_read_header(file), frame), frame)
+
+
+def decode_values(path: Path | str, frame: int) -> npt.NDArray[np.float64]:
+    """Return one frame's values after the modality transform (PS3.3 C.11.1, C.7.6.16.2.9), in the shape of `decode_frame`.
+
+    That is the Modality LUT where there is one, else ``float64(stored) * slope + intercept`` with the frame's own slope and intercept.
+
+    Raises:
+        FileError: As `decode_frame`.
     """
     with _opened(path) as file, _quiet():
         header = _read_header(file)
-        if not 0 <= frame < header.number_of_frames:
-            raise FileError("unreadable", f"frame {frame} is not in it: it holds {header.number_of_frames}, counted from 0")
-        with _decoding(header):
-            if _single_bits(header):
-                return _unpacked(file, header, frame)
-            decoded = pixel_array(_pixel_source(file, header), index=frame)
-            return np.ascontiguousarray(decoded, dtype=decoded.dtype.newbyteorder("="))
+        image = _pixels_of(header, frame)
+        if image.modality_lut:
+            first, table = _modality_lut(header)
+            # What lies outside the table has the value at its nearer end: PS3.3 C.11.1.1.
+            at = np.clip(pixels.decoded(image, frame).astype(np.int64) - first, 0, len(table) - 1)
+            return table[at].astype(np.float64)
+        rescale = _frame(header, frame, None, None)
+        values = pixels.decoded(image, frame).astype(np.float64)
+        values *= rescale.slope
+        values += rescale.intercept
+        return values
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
     dataset: Any  # pydicom's; elements up to the pixel data
     transfer_syntax: str
-    rows: int
-    columns: int
-    samples: int
-    photometric: str
-    bits_allocated: int
-    bits_stored: int
-    signed: bool
-    number_of_frames: int
-    offset: int  # of the pixel data's value; meaningless in a deflated file
-    length: int  # as the element says, perhaps 0xFFFFFFFF
-    integers: bool  # Pixel Data, not Float or Double Float Pixel Data
+    pixels: Pixels | None
+    shared: list[Any]  # functional groups of all frames, at most one item
+    per_frame: list[Any]
 
-    @property
-    def frame_bytes(self) -> int:
-        return self.rows * self.columns * self.samples * self.bits_allocated // 8
+
+class _Large(BufferedReader):
+    """A file whose `read` makes room for no more than there is, whatever length a damaged element gives."""
+
+    def __init__(self, raw: Any, size: int) -> None:
+        super().__init__(raw, _BUFFER)
+        self._size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size < _BUFFER else max(0, min(size, self._size - self.tell())))
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[BinaryIO]:
+def _opened(path: Path | str, *, whole: bool = True) -> Iterator[BinaryIO]:
     try:
         with Path(path).open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size <= _READ_WHOLE:
+            size = os.fstat(file.fileno()).st_size
+            if whole and size <= _READ_WHOLE:
                 yield BytesIO(file.readall())
             else:
-                with BufferedReader(file) as buffered:
+                with _Large(file, size) as buffered:
                     yield buffered
     except OSError as error:
         # strerror, because str(error) repeats the path.
@@ -232,6 +240,11 @@ def _quiet() -> Iterator[None]:
 def _sniff(file: BinaryIO) -> bool:
     start = file.read(132)
     file.seek(0)
+    return begins(start)
+
+
+def begins(start: bytes) -> bool:
+    """Whether these first 132 bytes are a DICOM file's: ``DICM`` at byte 128, or a first element of group 0002 or 0008."""
     if start[128:] == b"DICM":
         return True
     if len(start) < 16:
@@ -246,208 +259,186 @@ def _sniff(file: BinaryIO) -> bool:
 def _read_header(file: BinaryIO) -> _Header:
     if not _sniff(file):
         raise FileError("not-dicom", "neither `DICM` at byte 128 nor a DICOM element at its start, so this is no DICOM file")
-    found: list[tuple[int, str | None, int]] = []
+    file, deflated = _inflated(file)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    tag, vr, length, offset = 0, None, 0, 0
 
-    def at_pixels(tag: int, vr: str | None, length: int) -> bool:
-        if tag not in _PIXEL_TAGS:
-            return False
-        found.append((tag, vr, length))
-        return True
+    def at_pixels(at: int, found_vr: str | None, found_length: int) -> bool:
+        nonlocal tag, vr, length, offset
+        tag, vr, length, offset = int(at), found_vr, found_length, file.tell()
+        return tag in _PIXEL_KEYWORDS
 
     try:
         dataset = read_partial(file, stop_when=at_pixels, force=True, specific_tags=_HEADER_TAGS)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged header can raise anything in the parser
-        raise FileError("unreadable", f"its header cannot be parsed ({type(error).__name__})") from None
-
-    rows, columns = (_positive_or_no_image(dataset, tag) for tag in (_ROWS, _COLUMNS))
-    if not found:
-        raise FileError("no-pixels", f"{_named(_PIXEL_DATA)} is missing, so it holds no image")
-    transfer_syntax = str(dataset.file_meta.get("TransferSyntaxUID") or "").rstrip("\0 ")
-    if not transfer_syntax:
-        raise FileError("unreadable", f"{_named(_TRANSFER_SYNTAX)} is missing, so its pixels cannot be decoded")
-    tag, vr, length = found[0]
-    integers = tag == _PIXEL_DATA
-    bits_allocated = _required(dataset, _BITS_ALLOCATED)
-    header = _Header(
-        dataset=dataset,
-        transfer_syntax=transfer_syntax,
-        rows=rows,
-        columns=columns,
-        samples=_required(dataset, _SAMPLES),
-        photometric=_text(dataset, _PHOTOMETRIC).strip(),
-        bits_allocated=bits_allocated,
-        bits_stored=_required(dataset, _BITS_STORED) if integers else bits_allocated,
-        signed=_unsigned(dataset, _PIXEL_REPRESENTATION) == 1,
-        number_of_frames=_number_of_frames(dataset),
-        offset=file.tell() + (12 if vr in EXPLICIT_VR_LENGTH_32 else 8),
-        length=length,
-        integers=integers,
-    )
-    if transfer_syntax in _NATIVE and length != _UNDEFINED:
-        available = min(length, max(0, file.seek(0, os.SEEK_END) - header.offset))
-        bits = header.number_of_frames * rows * columns * header.samples * bits_allocated
-        # PS3.3 C.7.6.3.1.2: two pixels share their colour.
-        expected = -(-(bits * 2 // 3 if header.photometric == "YBR_FULL_422" else bits) // 8)
-        if available < expected:
-            raise FileError(
-                "truncated",
-                f"{_named(_PIXEL_DATA)} has {available} bytes where {header.number_of_frames} frame(s) of "
-                f"{rows}×{columns}×{header.samples} at {bits_allocated} bits take {expected}, so the file is cut off or its header wrong",
-            )
-    return header
-
-
-def _hash_frames(file: BinaryIO, header: _Header) -> tuple[str | None, list[bytes]]:
-    """Return the dtype where frames can be read by offset, and each frame's hash."""
-    dtype = _plain_dtype(header)
-    if dtype is not None:
-        hashes = []
-        file.seek(header.offset)
-        for _ in range(header.number_of_frames):
-            stored = file.read(header.frame_bytes)
-            if not _fits(stored, dtype, header.bits_stored):
-                break
-            hashes.append(hashlib.sha256(stored).digest())
-        else:
-            return dtype.str, hashes
-    with _decoding(header):
-        # The first frames only: pydicom yields more where the pixel data has room for more than the header says.
-        indices = range(header.number_of_frames)
-        every = (_unpacked(file, header, at) for at in indices) if _single_bits(header) else iter_pixels(_pixel_source(file, header))
-        decoded = zip(indices, every, strict=False)
-        hashes = [hashlib.sha256(np.ascontiguousarray(frame, frame.dtype.newbyteorder("<")).data).digest() for _, frame in decoded]
-    if len(hashes) != header.number_of_frames:
-        raise FileError("truncated", f"{_named(_PIXEL_DATA)} has {len(hashes)} frames where the header says {header.number_of_frames}")
-    return None, hashes
-
-
-def _plain_dtype(header: _Header) -> np.dtype[Any] | None:
-    """Return the dtype of pixels that lie in the file as pydicom would decode them, leaving unused high bits aside."""
-    plain = (
-        header.transfer_syntax in _LITTLE_ENDIAN
-        and header.length != _UNDEFINED
-        and header.integers
-        and header.samples == 1
-        and header.bits_allocated in (8, 16, 32)
-        and 1 <= header.bits_stored <= header.bits_allocated
-        and header.photometric in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
-        and _unsigned(header.dataset, _PIXEL_REPRESENTATION) in (0, 1)
-    )
-    return np.dtype(f"<{'i' if header.signed else 'u'}{header.bits_allocated // 8}") if plain else None
-
-
-def _fits(stored: bytes, dtype: np.dtype[Any], bits_stored: int) -> bool:
-    """Whether no value uses a bit above Bits Stored. pydicom clears those bits (PS3.5 8.1.1), a read by offset would not."""
-    if bits_stored == dtype.itemsize * 8:
-        return True
-    values = np.frombuffer(stored, dtype)
-    bits = bits_stored - (dtype.kind == "i")
-    return int(values.max()) < 1 << bits and (dtype.kind == "u" or int(values.min()) >= -(1 << bits))
-
-
-def _pixel_source(file: BinaryIO, header: _Header) -> Any:
-    """Return what pydicom's decoders read from: the file, or for a deflated one its image elements in memory."""
-    if header.transfer_syntax != uids.DeflatedExplicitVRLittleEndian:
-        return file
-    file.seek(0)
-    dataset = dcmread(file, force=True)
-    # Nothing but the image, so that no message of pydicom can quote anything else.
-    image = Dataset({element.tag: element for element in dataset.elements() if element.tag >> 16 in (0x0028, 0x7FE0)})
-    image.file_meta = dataset.file_meta
-    image.set_original_encoding(*dataset.original_encoding)
-    return image
-
-
-@contextmanager
-def _decoding(header: _Header) -> Iterator[None]:
-    """Turn what pydicom raises while it decodes into a FileError. It sees only the Image Pixel module, no identifying tag."""
-    name = uids.UID(header.transfer_syntax).name
-    advice = "`pip install 'scanfeed[codecs]'` adds decoders"
-    try:
-        decoder = get_decoder(uids.UID(header.transfer_syntax))
-    except NotImplementedError:
-        raise FileError("no-decoder", f"{_named(_TRANSFER_SYNTAX)} is {name}, which pydicom cannot decode") from None
-    if not decoder.is_available:
-        raise FileError("no-decoder", f"no decoder for {name} is installed; {advice}")
-    if header.frame_bytes > _MOST_DECODED:
-        raise FileError(
-            "unreadable", f"a frame would take {header.frame_bytes} bytes, more than the {_MOST_DECODED} that are decoded at once"
+        meta_class, meta_syntax = (
+            str(dataset.file_meta.get(name) or "").rstrip("\0 ") for name in ("MediaStorageSOPClassUID", "TransferSyntaxUID")
         )
-    try:
-        yield
-    except FileError:
-        raise
-    except MemoryError:
-        raise FileError("unreadable", "its pixels take more memory than there is") from None
-    except OSError:
-        if decoder.is_native:
+    except Exception as error:  # a damaged header can raise anything in the parser; its OSErrors without a number are no errors of I/O
+        if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise FileError("unreadable", f"its pixels cannot be decoded as {name}") from None
-    except Exception as error:  # decoders raise whatever their C libraries do
-        if decoder.is_encapsulated and decoder.missing_dependencies:
-            tried = ", ".join(decoder.available_plugins)
-            raise FileError("no-decoder", f"what is installed ({tried}) cannot decode it as {name}; {advice}") from None
-        reason = " ".join(str(error).split())[:300]
-        raise FileError("unreadable", f"its pixels cannot be decoded as {name}: {type(error).__name__}: {reason}") from None
+        if file.tell() >= size:
+            raise FileError("truncated", "it ends within its header, so the file is cut off or a length in it is damaged") from None
+        raise FileError("unreadable", f"its header cannot be parsed ({type(error).__name__})") from None
+    if meta_syntax == uids.DeflatedExplicitVRLittleEndian:  # one that `_inflated` did not find
+        raise FileError("unreadable", "its file meta information is damaged, so what it deflates cannot be read")
+    if tag not in _PIXEL_KEYWORDS and length != UNDEFINED and offset + length > size:
+        at = f"({tag >> 16:04X},{tag & 0xFFFF:04X})"
+        raise FileError("truncated", f"it ends within {at}, so the file is cut off or a length in it is damaged")
 
-
-def _single_bits(header: _Header) -> bool:
-    # pydicom 3.0.2 reads too few bytes for a frame that straddles one byte more than its own length takes.
-    return (
-        header.bits_allocated == header.bits_stored == header.samples == 1 and header.transfer_syntax in _LITTLE_ENDIAN and header.integers
+    transfer_syntax = str(uids.DeflatedExplicitVRLittleEndian) if deflated else meta_syntax or _encoding(dataset)
+    image = None
+    if tag in _PIXEL_KEYWORDS:
+        if not meta_syntax and length == UNDEFINED:
+            raise FileError("unreadable", f"{named(_TRANSFER_SYNTAX)} is missing, so its compressed pixels cannot be decoded")
+        keyword = _PIXEL_KEYWORDS[tag]
+        bits_allocated = elements.required(dataset, _BITS_ALLOCATED)
+        image = Pixels(
+            file=file,
+            keyword=keyword,
+            vr=vr,
+            offset=offset,
+            length=length,
+            transfer_syntax=transfer_syntax,
+            rows=elements.required(dataset, _ROWS),
+            columns=elements.required(dataset, _COLUMNS),
+            samples=elements.required(dataset, _SAMPLES),
+            photometric=elements.text(dataset, _PHOTOMETRIC).strip(),
+            planar=elements.unsigned(dataset, _PLANAR),
+            bits_allocated=bits_allocated,
+            bits_stored=elements.required(dataset, _BITS_STORED) if keyword == "PixelData" else bits_allocated,
+            representation=elements.unsigned(dataset, _PIXEL_REPRESENTATION),
+            number_of_frames=elements.number_of_frames(dataset),
+            extended_offsets=(elements.raw(dataset, _EXTENDED_OFFSETS), elements.raw(dataset, _EXTENDED_LENGTHS))
+            if _EXTENDED_OFFSETS in dataset
+            else None,
+            modality_lut=keyword == "PixelData" and bool(elements.groups(dataset, _MODALITY_LUT)),
+        )
+        pixels.check(image)
+    else:
+        _check_without_pixels(dataset, meta_class)
+    return _Header(
+        dataset, transfer_syntax, image, elements.groups(dataset, _SHARED_GROUPS)[:1], elements.groups(dataset, _PER_FRAME_GROUPS)
     )
 
 
-def _unpacked(file: BinaryIO, header: _Header, index: int) -> Array:
-    """Return a frame of single bits as uint8: bits run on across rows and frames, the first in the lowest place (PS3.5 8.1.1, 8.2)."""
-    pixels = header.rows * header.columns
-    first, skipped = divmod(index * pixels, 8)
-    file.seek(header.offset + first)
-    stored = np.frombuffer(file.read(-(-(skipped + pixels) // 8)), np.uint8)
-    return np.unpackbits(stored, bitorder="little")[skipped : skipped + pixels].reshape(header.rows, header.columns)
+def _inflated(file: BinaryIO) -> tuple[BinaryIO, bool]:
+    """Return what a deflated object (PS3.5 A.5) inflates to, as an explicit little-endian one, and that it was; else the file."""
+    head = file.read(_BUFFER)
+    file.seek(0)
+    deflated, plain = (str(uid).encode() for uid in (uids.DeflatedExplicitVRLittleEndian, uids.ExplicitVRLittleEndian))
+    at, syntax = 132 if head[128:132] == b"DICM" else 0, 0
+    while deflated in head and head[at : at + 2] == b"\x02\0" and at + 12 <= len(head):
+        long = head[at + 4 : at + 6].decode("latin-1") in EXPLICIT_VR_LENGTH_32
+        start = at + 12 if long else at + 8
+        element, at = at, start + int.from_bytes(head[start - 4 : start] if long else head[start - 2 : start], "little")
+        if head[element + 2 : element + 4] == b"\x10\0" and head[start:at].rstrip(b"\0 ") == deflated:
+            syntax = start
+    if not syntax:
+        return file, False
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    # pydicom inflates without a limit; it is given the object as if it had never been deflated.
+    whole = BytesIO()
+    whole.write(head[:syntax] + plain.ljust(len(deflated), b"\0") + head[syntax + len(deflated) : at])
+    file.seek(at)
+    try:
+        while not inflater.eof:
+            data = inflater.unconsumed_tail or file.read(_BUFFER)
+            whole.write(inflater.decompress(data, 1 << 20) if data else inflater.flush())
+            if not data and not inflater.eof:
+                raise FileError("truncated", "it ends within its deflated data, so the file is cut off")
+            if whole.tell() > pixels.MOST_BYTES:
+                raise FileError("unreadable", f"it inflates to more than {pixels.MOST_BYTES} bytes, which are not read at once")
+    except zlib.error:
+        raise FileError("unreadable", "its deflated data is damaged, so nothing in it can be read") from None
+    return whole, True
 
 
-def _frame(header: _Header, index: int, shared: list[Any], per_frame: list[Any], *, dtype: str | None, pixel_hash: bytes) -> Frame:
-    top = header.dataset
-    single = header.number_of_frames == 1 or index == 0
+def _encoding(dataset: Any) -> str:
+    """Return the only uncompressed transfer syntax with this encoding of elements; compressed ones have pixels of undefined length."""
+    implicit, little_endian = dataset.original_encoding
+    return str(uids.ImplicitVRLittleEndian if implicit else uids.ExplicitVRLittleEndian if little_endian else uids.ExplicitVRBigEndian)
+
+
+def _check_without_pixels(dataset: Any, meta_class: str) -> None:
+    """Refuse what should hold an image, or is no object at all."""
+    own = elements.text(dataset, _SOP_CLASS)
+    if uids.MediaStorageDirectoryStorage in (own, meta_class):
+        raise FileError("dicomdir", "an index of the files beside it (PS3.3 F), no object of its own; they are read by themselves")
+    missing, name = f"{named(_PIXEL_DATA)} is missing", uids.UID(own or meta_class).name
+    # Not by Rows, which spectroscopy has as well.
+    if _BITS_ALLOCATED in dataset or "Image Storage" in name:
+        what = f"{named(_BITS_ALLOCATED)} is there" if _BITS_ALLOCATED in dataset else f"it says that it is {name}"
+        raise FileError("no-pixels", f"{missing} though {what}, so its pixels were removed or the file is cut off")
+    if not own:
+        raise FileError("no-pixels", f"{missing}, and {named(_SOP_CLASS)} too, so what it holds is not known")
+
+
+def _pixels_of(header: _Header, frame: int) -> Pixels:
+    if header.pixels is None:
+        raise FileError("no-pixels", f"{named(_PIXEL_DATA)} is missing, so it holds no image")
+    if not 0 <= frame < header.pixels.number_of_frames:
+        raise FileError("unreadable", f"frame {frame} is not in it: it holds {header.pixels.number_of_frames}, counted from 0")
+    return header.pixels
+
+
+def _modality_lut(header: _Header) -> tuple[int, Array]:
+    """Return the first stored value of the Modality LUT and the values from there on (PS3.3 C.11.1.1)."""
+    assert header.pixels is not None
+    item = elements.groups(header.dataset, _MODALITY_LUT)[0]
+    descriptor, data = elements.raw(item, _LUT_DESCRIPTOR), elements.raw(item, _LUT_DATA)
+    order = "<" if header.dataset.original_encoding[1] else ">"
+    if len(descriptor) == 6:
+        count, first, bits = struct.unpack(f"{order}H{'h' if header.pixels.representation else 'H'}H", descriptor)
+        count = count or 1 << 16
+        if bits <= 16 and len(data) >= 2 * count:
+            return first, np.frombuffer(data, f"{order}u2", count)
+        if bits <= 8 and count <= len(data) <= count + 1 and order == "<":
+            return first, np.frombuffer(data, np.uint8, count)
+    raise FileError("unreadable", f"{named(_MODALITY_LUT)} does not hold the table that it describes, so its values have no meaning")
+
+
+def _frame(header: _Header, index: int, dtype: np.dtype[Any] | None, pixel_hash: bytes | None) -> Frame:
+    top, image = header.dataset, header.pixels
+    assert image is not None
+    own = header.per_frame[index : index + 1]
 
     def where(tag: BaseTag) -> Any:
         """Return the dataset that holds an element for this frame: its own group, the shared one, else the top."""
-        for groups in (per_frame, shared):
+        for groups in (own, header.shared):
             for group in groups:
-                for item in _groups(group, _IN_GROUP[tag]):
+                for item in elements.groups(group, _IN_GROUP[tag]):
                     if tag in item:
                         return item
         return top
 
     at_position = where(_IMAGE_POSITION)
-    image_position = _floats(at_position, _IMAGE_POSITION, 3) if single or at_position is not top else None
-    image_orientation = _floats(where(_IMAGE_ORIENTATION), _IMAGE_ORIENTATION, 6)
-    spacing = _floats(where(_PIXEL_SPACING), _PIXEL_SPACING, 2)
-    trigger = _number(top, _TRIGGER_TIME)
+    image_position = elements.floats(at_position, _IMAGE_POSITION, 3) if index == 0 or at_position is not top else None
+    image_orientation = elements.floats(where(_IMAGE_ORIENTATION), _IMAGE_ORIENTATION, 6)
+    spacing = elements.floats(where(_PIXEL_SPACING), _PIXEL_SPACING, 2)
+    trigger = elements.number(top, _TRIGGER_TIME)
     return Frame(
         frame=index,
-        rows=header.rows,
-        columns=header.columns,
-        samples_per_pixel=header.samples,
-        photometric=header.photometric,
-        bits_stored=header.bits_stored,
+        rows=image.rows,
+        columns=image.columns,
+        samples_per_pixel=image.samples,
+        photometric=image.photometric,
+        bits_stored=image.bits_stored,
         pixel_spacing=None if spacing is None else (spacing[0], spacing[1]),
         image_position=None if image_position is None else (image_position[0], image_position[1], image_position[2]),
         image_orientation=None if image_orientation is None else image_orientation[:6],  # type: ignore[arg-type]
         position=_position(image_position, image_orientation),
-        slice_thickness=_number(where(_SLICE_THICKNESS), _SLICE_THICKNESS),
-        trigger_time=_double(where(_TRIGGER_DELAY), _TRIGGER_DELAY) if trigger is None else trigger,
-        slope=_rescale(where(_SLOPE), _SLOPE, 1.0),
-        intercept=_rescale(where(_INTERCEPT), _INTERCEPT, 0.0),
-        window_center=_number(where(_WINDOW_CENTER), _WINDOW_CENTER),
-        window_width=_number(where(_WINDOW_WIDTH), _WINDOW_WIDTH),
+        slice_thickness=elements.number(where(_SLICE_THICKNESS), _SLICE_THICKNESS),
+        trigger_time=elements.double(where(_TRIGGER_DELAY), _TRIGGER_DELAY) if trigger is None else trigger,
+        slope=1.0 if image.modality_lut else elements.rescale(where(_SLOPE), _SLOPE, 1.0),
+        intercept=0.0 if image.modality_lut else elements.rescale(where(_INTERCEPT), _INTERCEPT, 0.0),
+        window_center=elements.number(where(_WINDOW_CENTER), _WINDOW_CENTER),
+        window_width=elements.number(where(_WINDOW_WIDTH), _WINDOW_WIDTH),
         pixel_hash=pixel_hash,
-        offset=None if dtype is None else header.offset + index * header.frame_bytes,
-        length=0 if dtype is None else header.frame_bytes,
-        dtype=dtype,
+        offset=None if dtype is None else image.offset + index * image.frame_bytes,
+        length=0 if dtype is None else image.frame_bytes,
+        dtype=None if dtype is None else dtype.str,
+        modality_lut=image.modality_lut,
     )
 
 
@@ -460,114 +451,3 @@ def _position(origin: tuple[float, ...] | None, axes: tuple[float, ...] | None) 
     if not any(normal):
         return None
     return sum(along * component for along, component in zip(origin, normal, strict=True))
-
-
-def _named(tag: int) -> str:
-    return f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {_NAMES[tag]}"
-
-
-def _raw(dataset: Any, tag: BaseTag) -> bytes:
-    """Return an element's bytes as they lie in the file, empty where it is missing."""
-    element = dataset.get_item(tag)
-    value = None if element is None else element.value
-    return value if isinstance(value, bytes) else b""
-
-
-def _text(dataset: Any, tag: BaseTag) -> str:
-    value = _raw(dataset, tag).rstrip(b"\0 ")
-    if value.isascii():
-        text = value.decode("ascii")
-    else:
-        encodings = dataset.original_character_set
-        try:
-            text = decode_bytes(value, [encodings] if isinstance(encodings, str) else encodings, set())
-        except Exception:  # a character set that Python does not know
-            text = value.decode("latin-1")
-        text = text.encode("utf-8", "replace").decode("utf-8")
-    return text.replace("\0", "\ufffd")
-
-
-def _unsigned(dataset: Any, tag: BaseTag) -> int | None:
-    """Return a US value (PS3.5 6.2: two bytes in the dataset's byte order)."""
-    value = _raw(dataset, tag)
-    return int.from_bytes(value[:2], "little" if dataset.original_encoding[1] else "big") if len(value) >= 2 else None
-
-
-def _required(dataset: Any, tag: BaseTag) -> int:
-    value = _unsigned(dataset, tag)
-    if not value:
-        raise FileError("unreadable", f"{_named(tag)} is {'missing' if value is None else '0'}, so its pixels cannot be decoded")
-    return value
-
-
-def _positive_or_no_image(dataset: Any, tag: BaseTag) -> int:
-    value = _unsigned(dataset, tag)
-    if not value:
-        raise FileError("no-pixels", f"{_named(tag)} is {'missing' if value is None else '0'}, so it holds no image")
-    return value
-
-
-def _number_of_frames(dataset: Any) -> int:
-    text = _raw(dataset, _FRAMES).strip(b"\0 ")
-    if not text:
-        return 1
-    try:
-        frames = int(text)
-    except ValueError:
-        raise FileError("unreadable", f"{_named(_FRAMES)} is not a whole number, so its pixels cannot be told apart") from None
-    if frames < 0:
-        raise FileError("unreadable", f"{_named(_FRAMES)} is below 0, so its pixels cannot be told apart")
-    # 0 is what some writers of single images say; pydicom reads it so, too.
-    return max(frames, 1)
-
-
-def _whole_number(dataset: Any, tag: BaseTag) -> int | None:
-    """Return the first IS value; None where it is missing, no number, or beyond the 32 bits that PS3.5 6.2 allows."""
-    try:
-        value = int(_raw(dataset, tag).split(b"\\")[0].strip(b"\0 "))
-    except ValueError:
-        return None
-    return value if -(2**31) <= value < 2**31 else None
-
-
-def _floats(dataset: Any, tag: BaseTag, count: int) -> tuple[float, ...] | None:
-    """Return the first `count` DS values; None where there are fewer or one is not a finite number."""
-    parts = _raw(dataset, tag).split(b"\\")[:count]
-    try:
-        values = tuple(float(part.strip(b"\0 ")) for part in parts)
-    except ValueError:
-        return None
-    return values if len(values) == count and all(map(math.isfinite, values)) else None
-
-
-def _number(dataset: Any, tag: BaseTag) -> float | None:
-    values = _floats(dataset, tag, 1)
-    return None if values is None else values[0]
-
-
-def _double(dataset: Any, tag: BaseTag) -> float | None:
-    value = _raw(dataset, tag)
-    if len(value) < 8:
-        return None
-    (number,) = struct.unpack("<d" if dataset.original_encoding[1] else ">d", value[:8])
-    return float(number) if math.isfinite(number) else None
-
-
-def _rescale(dataset: Any, tag: BaseTag, default: float) -> float:
-    """Return slope or intercept. One that is there but no number is an error: a default would make wrong values of right ones."""
-    if not _raw(dataset, tag).strip(b"\0 "):
-        return default
-    value = _number(dataset, tag)
-    if value is None:
-        raise FileError("unreadable", f"{_named(tag)} is not a number, so its values have no meaning")
-    return value
-
-
-def _groups(dataset: Any, tag: BaseTag) -> list[Any]:
-    """Return the items of a sequence, none where it is missing."""
-    if tag not in dataset:
-        return []
-    try:
-        return list(dataset[tag].value or [])
-    except Exception as error:
-        raise FileError("unreadable", f"({tag >> 16:04X},{tag & 0xFFFF:04X}) cannot be parsed ({type(error).__name__})") from None

@@ -6,21 +6,25 @@ where this writes 41,000). Each statement may be repeated: what is there already
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import psycopg
 
-from catalog.reading import ReadImage
+from catalog import dicom
+from catalog.errors import FileError
+from catalog.reading import Read
 
 STAGED = """
 CREATE TEMP TABLE IF NOT EXISTS staged (
-    path text, size bigint, mtime_ns bigint, patient text, study_instance_uid text, study_date text, series_instance_uid text,
+    path text, patient text, study_instance_uid text, study_date text, series_instance_uid text,
     series_number integer, modality text, sop_instance_uid text, sop_class_uid text, instance_number integer,
-    number_of_frames integer, images_in_acquisition integer, content_hash bytea, transfer_syntax_uid text, frame integer,
-    rows integer, columns integer, samples_per_pixel smallint, photometric text, row_spacing float8, column_spacing float8,
-    image_position float8[], image_orientation float8[], position float8, slice_thickness real, trigger_time float8,
-    slope float8, intercept float8, pixel_hash bytea, byte_offset bigint, byte_length bigint, dtype text
+    number_of_frames integer, images_in_acquisition integer, content_hash bytea, frame_of_reference_uid text, transfer_syntax_uid text,
+    coding text, frame integer, rows integer, columns integer, samples_per_pixel smallint, photometric text, row_spacing float8,
+    column_spacing float8, image_position float8[], image_orientation float8[], position float8, slice_thickness real,
+    trigger_time float8, slope float8, intercept float8, modality_lut boolean, pixel_hash bytea, byte_offset bigint,
+    byte_length bigint, dtype text, bits_stored smallint
 ) ON COMMIT DELETE ROWS
 """
 
@@ -30,7 +34,8 @@ staged s
 JOIN patient pt ON pt.patient_id = s.patient
 JOIN study st ON st.patient_id = pt.id AND st.study_instance_uid = s.study_instance_uid
 JOIN series se ON se.study_id = st.id AND se.series_instance_uid = s.series_instance_uid
-JOIN instance ins ON ins.series_id = se.id AND ins.sop_instance_uid = s.sop_instance_uid AND ins.content_hash = s.content_hash
+JOIN instance ins ON ins.series_id = se.id AND ins.sop_instance_uid = s.sop_instance_uid
+    AND ins.content_hash IS NOT DISTINCT FROM s.content_hash
 """
 STAGED_IMAGES = STAGED_INSTANCES + "JOIN image i ON i.instance_id = ins.id AND i.frame = s.frame\n"
 STAGED_FILES = "JOIN file f ON f.root_id = %(root)s AND f.path = s.path\n"
@@ -52,40 +57,41 @@ WRITE: tuple[str, ...] = (
     """,
     """
     INSERT INTO instance (series_id, sop_instance_uid, sop_class_uid, instance_number, number_of_frames, images_in_acquisition,
-        content_hash)
+        content_hash, frame_of_reference_uid)
     SELECT DISTINCT ON (se.id, s.sop_instance_uid, s.content_hash)
-        se.id, s.sop_instance_uid, s.sop_class_uid, s.instance_number, s.number_of_frames, s.images_in_acquisition, s.content_hash
+        se.id, s.sop_instance_uid, s.sop_class_uid, s.instance_number, s.number_of_frames, s.images_in_acquisition, s.content_hash,
+        s.frame_of_reference_uid
     FROM staged s JOIN patient pt ON pt.patient_id = s.patient
     JOIN study st ON st.patient_id = pt.id AND st.study_instance_uid = s.study_instance_uid
     JOIN series se ON se.study_id = st.id AND se.series_instance_uid = s.series_instance_uid
     ORDER BY se.id, s.sop_instance_uid, s.content_hash, s.path ON CONFLICT DO NOTHING
     """,
-    """
-    INSERT INTO file (root_id, path, kind, size, mtime_ns, state, ingest_run_id)
-    SELECT DISTINCT ON (path) %(root)s, path, 'image', size, mtime_ns, 'present', %(run)s FROM staged ORDER BY path
-    ON CONFLICT (root_id, path) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns, state = 'present',
-        ingest_run_id = excluded.ingest_run_id
-    """,
     # A UID that is missing or that several contents claim gets its key below, when all of them are known.
     f"""
     INSERT INTO image (instance_id, frame, rows, columns, samples_per_pixel, photometric, row_spacing, column_spacing, image_position,
-        image_orientation, position, slice_thickness, trigger_time, slope, intercept, pixel_hash, sample_key)
+        image_orientation, position, slice_thickness, trigger_time, slope, intercept, modality_lut, pixel_hash, sample_key)
     SELECT DISTINCT ON (ins.id, s.frame) ins.id, s.frame, s.rows, s.columns, s.samples_per_pixel, s.photometric, s.row_spacing,
         s.column_spacing, s.image_position, s.image_orientation, s.position, s.slice_thickness, s.trigger_time, s.slope, s.intercept,
-        s.pixel_hash,
+        s.modality_lut, s.pixel_hash,
         CASE WHEN s.sop_instance_uid = ''
                   OR EXISTS (SELECT FROM instance o WHERE o.sop_instance_uid = s.sop_instance_uid AND o.id <> ins.id)
              THEN gen_random_uuid() ELSE sample_key(s.sop_instance_uid, s.frame) END
-    FROM {STAGED_INSTANCES} ORDER BY ins.id, s.frame, s.path ON CONFLICT (instance_id, frame) DO NOTHING
+    FROM {STAGED_INSTANCES} WHERE s.frame IS NOT NULL ORDER BY ins.id, s.frame, s.path ON CONFLICT (instance_id, frame) DO NOTHING
     """,
     f"""
-    INSERT INTO location (image_id, file_id, byte_offset, byte_length, dtype, transfer_syntax_uid, preferred)
-    SELECT i.id, f.id, s.byte_offset, s.byte_length, s.dtype, s.transfer_syntax_uid,
+    INSERT INTO location (image_id, file_id, byte_offset, byte_length, dtype, bits_stored, transfer_syntax_uid, coding, preferred)
+    SELECT i.id, f.id, s.byte_offset, s.byte_length, s.dtype, s.bits_stored, s.transfer_syntax_uid, s.coding,
         row_number() OVER (PARTITION BY i.id ORDER BY s.byte_offset IS NULL, f.path COLLATE "C") = 1
         AND NOT EXISTS (SELECT FROM location p WHERE p.image_id = i.id AND p.preferred)
     FROM {STAGED_IMAGES} {STAGED_FILES}
     ON CONFLICT (image_id, file_id) DO UPDATE SET byte_offset = excluded.byte_offset, byte_length = excluded.byte_length,
-        dtype = excluded.dtype, transfer_syntax_uid = excluded.transfer_syntax_uid
+        dtype = excluded.dtype, bits_stored = excluded.bits_stored,
+        transfer_syntax_uid = excluded.transfer_syntax_uid, coding = excluded.coding
+    """,
+    f"""
+    UPDATE file SET instance_id = o.instance_id
+    FROM (SELECT f.id, min(ins.id) FILTER (WHERE s.frame IS NULL) AS instance_id FROM {STAGED_INSTANCES} {STAGED_FILES} GROUP BY f.id) o
+    WHERE file.id = o.id AND file.instance_id IS DISTINCT FROM o.instance_id
     """,
     """
     INSERT INTO flag (rule, severity, detail, file_id, raised_by)
@@ -100,20 +106,22 @@ CORRECT: tuple[str, ...] = (
     f"""
     UPDATE image SET row_spacing = s.row_spacing, column_spacing = s.column_spacing, image_position = s.image_position,
         image_orientation = s.image_orientation, position = s.position, slice_thickness = s.slice_thickness,
-        trigger_time = s.trigger_time, slope = s.slope, intercept = s.intercept, phase = NULL
+        trigger_time = s.trigger_time, slope = s.slope, intercept = s.intercept,
+        modality_lut = s.modality_lut, phase = NULL
     FROM {STAGED_IMAGES} {STAGED_FILES} JOIN location l ON l.image_id = i.id AND l.file_id = f.id AND l.preferred
     WHERE image.id = i.id AND
         (i.row_spacing, i.column_spacing, i.image_position, i.image_orientation, i.position, i.slice_thickness, i.trigger_time, i.slope,
-         i.intercept) IS DISTINCT FROM
+         i.intercept, i.modality_lut) IS DISTINCT FROM
         (s.row_spacing, s.column_spacing, s.image_position, s.image_orientation, s.position, s.slice_thickness, s.trigger_time, s.slope,
-         s.intercept)
+         s.intercept, s.modality_lut)
     """,
     f"""
     UPDATE instance SET sop_class_uid = s.sop_class_uid, instance_number = s.instance_number,
-        images_in_acquisition = s.images_in_acquisition
+        images_in_acquisition = s.images_in_acquisition, frame_of_reference_uid = s.frame_of_reference_uid
     FROM {STAGED_IMAGES} {STAGED_FILES} JOIN location l ON l.image_id = i.id AND l.file_id = f.id AND l.preferred
-    WHERE instance.id = ins.id AND s.frame = 0 AND (ins.sop_class_uid, ins.instance_number, ins.images_in_acquisition)
-        IS DISTINCT FROM (s.sop_class_uid, s.instance_number, s.images_in_acquisition)
+    WHERE instance.id = ins.id AND s.frame = 0 AND 
+        (ins.sop_class_uid, ins.instance_number, ins.images_in_acquisition, ins.frame_of_reference_uid) IS DISTINCT FROM
+        (s.sop_class_uid, s.instance_number, s.images_in_acquisition, s.frame_of_reference_uid)
     """,
 )
 
@@ -136,20 +144,31 @@ ON CONFLICT DO NOTHING
 """
 
 
-def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequence[ReadImage]) -> None:
-    """Write what these files hold, in the caller's transaction."""
+# One UID, and nothing is known of the pixels: they are looked at now. A file that is read again under its own path is no second one.
+UNCOMPARED = """
+SELECT DISTINCT s.path, s.sop_instance_uid FROM staged s
+WHERE s.content_hash IS NULL AND s.frame = 0 AND s.sop_instance_uid <> '' AND (
+    EXISTS (SELECT FROM staged o WHERE o.sop_instance_uid = s.sop_instance_uid AND o.path <> s.path)
+    OR EXISTS (SELECT FROM instance n WHERE n.sop_instance_uid = s.sop_instance_uid AND (n.content_hash IS NOT NULL OR EXISTS (
+        SELECT FROM image i JOIN location l ON l.image_id = i.id JOIN file f ON f.id = l.file_id
+        WHERE i.instance_id = n.id AND (f.root_id, f.path) <> (%(root)s, s.path)))))
+"""
+UNHASHED = """
+SELECT DISTINCT ON (n.id) n.id, r.url || '/' || f.path FROM instance n JOIN image i ON i.instance_id = n.id
+JOIN location l ON l.image_id = i.id JOIN file f ON f.id = l.file_id AND f.state = 'present' JOIN root r ON r.id = f.root_id
+WHERE n.sop_instance_uid = ANY(%s) AND n.content_hash IS NULL ORDER BY n.id, f.id
+"""
+
+
+def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequence[Read]) -> None:
+    """Write what these files hold, in the caller's transaction; their own rows are there already."""
     with conn.cursor().copy("COPY staged FROM STDIN") as copy:
         for file in read:
             for row in file.rows:
                 copy.write_row(row)
     paths = [file.entry.path for file in read]
-    parameters = {
-        "root": root_id,
-        "run": run_id,
-        "paths": paths,
-        "other": [file.entry.path for file in read if file.other_patient],
-    }
-    close_file_flags(conn, root_id, paths)
+    parameters = {"root": root_id, "paths": paths, "other": [file.entry.path for file in read if file.other_patient]}
+    _compare(conn, root_id, folder)
     for statement in WRITE:
         conn.execute(statement, parameters)
     gone = conn.execute(UNPLACE, parameters).fetchall()
@@ -159,6 +178,28 @@ def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequen
     settle(conn, root_id, paths, [image_id for image_id, _ in gone])
     for statement in CORRECT:
         conn.execute(statement, parameters)
+
+
+def _compare(conn: psycopg.Connection[Any], root_id: int, folder: str) -> None:
+    """Hash the pixels of files that claim one UID, so that a re-encoding and a conflict are told apart (``--hash none`` and ``head``)."""
+    uncompared = conn.execute(UNCOMPARED, {"root": root_id}).fetchall()
+    if not uncompared:
+        return
+    for path, _ in uncompared:
+        content, hashes = _hashes(f"{folder}/{path}")
+        conn.execute("UPDATE staged SET content_hash = %s, pixel_hash = (%s::bytea[])[frame + 1] WHERE path = %s", [content, hashes, path])
+    for instance_id, path in conn.execute(UNHASHED, [[uid for _, uid in uncompared]]).fetchall():
+        content, hashes = _hashes(path)
+        conn.execute("UPDATE image SET pixel_hash = (%s::bytea[])[frame + 1] WHERE instance_id = %s", [hashes, instance_id])
+        conn.execute("UPDATE instance SET content_hash = %s WHERE id = %s", [content, instance_id])
+
+
+def _hashes(path: str) -> tuple[bytes, list[bytes]]:
+    try:
+        hashes = [frame.pixel_hash or b"" for frame in dicom.read_instance(path).frames]
+    except FileError:  # what cannot be decoded cannot be compared: it is kept apart
+        return hashlib.sha256(path.encode()).digest(), []
+    return hashlib.sha256(b"".join(hashes)).digest(), hashes
 
 
 def close_file_flags(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], reason: str = "the file was read again") -> None:
@@ -197,13 +238,14 @@ WITH tied AS (
     FROM instance ins JOIN image i ON i.instance_id = ins.id
     JOIN series se ON se.id = ins.series_id JOIN study st ON st.id = se.study_id JOIN patient pt ON pt.id = st.patient_id
     LEFT JOIN LATERAL (SELECT min(f.path) AS path FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id) p ON true
-    WHERE ins.sop_instance_uid = ANY(%(uids)s)
+    WHERE ins.sop_instance_uid <> '' AND ins.sop_instance_uid = ANY(%(uids)s)
+       OR ins.sop_instance_uid = '' AND i.pixel_hash = ANY(%(hashes)s)
     WINDOW one_uid AS (PARTITION BY ins.sop_instance_uid)
 ), keyed AS (
-    SELECT id, CASE WHEN path IS NULL THEN sample_key(uid, frame, pixel_hash, 'image ' || id)
+    SELECT id, CASE WHEN path IS NULL THEN sample_key(uid, frame, coalesce(pixel_hash, ''), 'image ' || id)
                     WHEN uid <> '' AND NOT shared THEN sample_key(uid, frame)
-                    WHEN same_pixels THEN sample_key(uid, frame, pixel_hash, own)
-                    ELSE sample_key(uid, frame, pixel_hash) END AS sample_key FROM tied
+                    WHEN same_pixels THEN sample_key(uid, frame, coalesce(pixel_hash, ''), own)
+                    ELSE sample_key(uid, frame, coalesce(pixel_hash, '')) END AS sample_key FROM tied
 )
 UPDATE image SET sample_key = {} FROM keyed WHERE image.id = keyed.id AND image.sample_key <> keyed.sample_key
 """
@@ -225,11 +267,16 @@ WITH claims AS (
 def settle(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], images: Sequence[int] = ()) -> None:
     """Work out what follows for `images` and the images in these files: where to read them, their sample keys, conflicts of UIDs."""
     touched = conn.execute(
-        "SELECT DISTINCT i.id, n.sop_instance_uid FROM image i JOIN instance n ON n.id = i.instance_id WHERE i.id = ANY(%s) OR i.id IN ("
+        "SELECT DISTINCT i.id, n.sop_instance_uid, i.pixel_hash FROM image i JOIN instance n ON n.id = i.instance_id "
+        "WHERE i.id = ANY(%s) OR i.id IN ("
         "SELECT l.image_id FROM location l JOIN file f ON f.id = l.file_id WHERE f.root_id = %s AND f.path = ANY(%s))",
         [list(images), root_id, list(paths)],
     ).fetchall()
-    parameters = {"images": [image_id for image_id, _ in touched], "uids": list({uid for _, uid in touched})}
+    parameters = {
+        "images": [image_id for image_id, _, _ in touched],
+        "uids": list({uid for _, uid, _ in touched}),
+        "hashes": list({pixel_hash for _, uid, pixel_hash in touched if not uid}),  # else one would touch all without a UID
+    }
     # First the old ones down, then the new ones up: the index allows one at a time.
     conn.execute(RANKED + "NOT best", parameters)
     conn.execute(RANKED + "best", parameters)

@@ -12,22 +12,22 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
 
-from catalog import __version__, images, layouts, pairings
+from catalog import __version__, files, images, layouts, pairings, remote
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
-from catalog.layouts import Annotation, Entry, Found, Image, sunnybrook
-from catalog.reading import NotPart, Progress, ReadAnnotation, ReadImage, Refused, Result, read_all
+from catalog.layouts import Annotation, Found, Image, choosing
+from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all
 
-LAYOUTS = {"sunnybrook": sunnybrook}
 FILES_PER_COMMIT = 5_000
 LOCK_CLASS = 0x5CA9  # advisory lock (LOCK_CLASS, root id): one ingest a root at a time
 
@@ -63,10 +63,13 @@ class Summary:
 
     root: str
     layout: str
+    chosen: list[str] = field(default_factory=list)  # which layout reads what, and why
     images: int = 0
     annotations: int = 0
     files_read: int = 0
     missing: int = 0
+    moved: int = 0
+    fell_back: int = 0
     paired: int = 0
     proposed: int = 0
     unpaired: int = 0
@@ -76,12 +79,19 @@ class Summary:
     seconds: float = 0.0
 
 
-def find(folder: Path, layout: str = "auto") -> tuple[str, Found]:
-    """Return the layout's name and what it finds below a folder; reads names and link tables, no image.
+def find(folder: Path | str, layout: str = "auto", options: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, Found]:
+    """Return the layouts' names and what they find below a folder; reads names and small tables, no image.
 
     Raises:
-        CatalogError: If the folder cannot be used, or no layout fits it.
+        CatalogError: If the folder cannot be used, or no layout fits, or several fit equally.
     """
+    tree = remote.RemoteTree(folder) if isinstance(folder, str) else layouts.Tree(_usable(folder))
+    parts = choosing.choose(tree, layout, options)
+    return "+".join(dict.fromkeys(part.name for part in parts)), choosing.read(tree, parts, options)
+
+
+def _usable(folder: Path) -> Path:
+    """Return a folder's absolute path. Raises CatalogError if it is none."""
     try:
         folder = folder.resolve(strict=True)
         str(folder).encode()
@@ -95,44 +105,34 @@ def find(folder: Path, layout: str = "auto") -> tuple[str, Found]:
         raise CatalogError(f"{shown}: its path is not UTF-8, which PostgreSQL cannot store; rename it") from None
     except (OSError, RuntimeError) as error:
         raise CatalogError(f"{folder}: {getattr(error, 'strerror', None) or error}; nothing was changed") from None
-    tree = layouts.Tree(folder)
-    name = choose(tree, layout)
-    return name, LAYOUTS[name].read(tree)
-
-
-def choose(tree: layouts.Tree, name: str) -> str:
-    """Return the layout's name: the one asked for, or for ``auto`` the one that recognises the tree."""
-    if name != "auto":
-        if name not in LAYOUTS:
-            raise CatalogError(f"--layout {name}: there is no such layout; there is: {', '.join(LAYOUTS)}")
-        return name
-    for candidate, module in LAYOUTS.items():
-        if module.recognises(tree):
-            return candidate
-    raise CatalogError(
-        f"{tree.root}: no layout fits; sunnybrook wants link.csv, dicoms/<patient>/ and contourfiles/<original>/; "
-        f"point at the folder that holds these, or name a layout by --layout"
-    )
+    return folder
 
 
 def ingest(
     database: Database,
-    folder: Path,
+    folder: Path | str,
     *,
     layout: str = "auto",
+    options: Mapping[str, Any] = MappingProxyType({}),
     name: str | None = None,
+    hashing: Hashing | None = None,
     jobs: int | None = None,
     executor: Executor | None = None,
+    at_once: int = TASKS_AT_ONCE,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Summary:
-    """Bring the catalog up to what lies below a folder.
+    """Bring the catalog up to what lies below a folder, or a URL that fsspec knows (text with ://).
 
     Args:
         layout: A layout's name, or ``auto``.
+        options: What the layout needs to know: a table, a pattern file, a reader.
         name: The root's name; by default the folder's.
+        hashing: ``full`` (for a folder) hashes pixels and files; ``head`` the first 64 KiB of each file, no pixels; ``none`` (for a URL,
+            whose objects would be fetched whole) nothing. Without pixel hashes `catalog measure` makes them later; files of one UID are
+            compared all the same.
         jobs: Reading processes; by default one a core.
-        executor: Where files are read instead of `jobs` processes of this machine.
+        executor: Where files are read instead of `jobs` processes of this machine; `at_once` tasks are in flight.
         progress: Called with (files read, files to read).
         say: Called with a line when something is being waited for.
 
@@ -140,20 +140,29 @@ def ingest(
         CatalogError: If the folder cannot be used, no layout fits, or the database refuses.
     """
     begun = time.monotonic()
-    layout, found = find(folder, layout)
-    folder = folder.resolve()
+    asked = layout
+    layout, found = find(folder, asked, options)
+    hashing = hashing or ("none" if isinstance(folder, str) else "full")
+    folder = folder.rstrip("/") if isinstance(folder, str) else folder.resolve()
     try:
         with database.connect(application_name="catalog ingest") as conn:
+            conn.execute(files.STAGED)
             conn.execute(images.STAGED)
             conn.execute(pairings.WANTED)
             conn.execute(pairings.DRAWN_STAGED)
             root_id = _root(conn, folder, name)
             conn.commit()
             if _wait_alone(conn, root_id, say):
-                layout, found = find(folder, layout)  # again, since the other one may have seen a later state of the tree
-            summary = Summary(root=str(folder), layout=layout, left_over=found.left_over)
-            with Run(conn, root_id, layout, found) as run:
-                _ingest(conn, run, found, summary, folder, jobs, executor, progress)
+                layout, found = find(folder, asked, options)  # again, since the other one may have seen a later state of the tree
+            summary = Summary(root=str(folder), layout=layout, chosen=found.chosen, left_over=found.left_over)
+            with Run(conn, root_id, layout, found, hashing) as run:
+                wanted: dict[str, Image | Annotation] = {item.entry.path: item for item in found.images}
+                wanted |= {item.entry.path: item for item in found.annotations}
+                todo, gone = _differing(conn, run, wanted)
+                with contextlib.closing(
+                    read_all(str(folder), todo, hashing=hashing, jobs=jobs, executor=executor, at_once=at_once, progress=progress)
+                ) as results:
+                    _ingest(conn, run, found, summary, str(folder), results, gone)
     except psycopg.Error as error:
         raise explain(error, database) from error
     summary.seconds = round(time.monotonic() - begun, 3)
@@ -163,11 +172,12 @@ def ingest(
 class Run:
     """The row of ``ingest_run``, written only once there is something to say."""
 
-    def __init__(self, conn: psycopg.Connection[Any], root_id: int, layout: str, found: Found) -> None:
-        self.conn, self.root_id, self.layout = conn, root_id, layout
+    def __init__(self, conn: psycopg.Connection[Any], root_id: int, layout: str, found: Found, hashing: Hashing) -> None:
+        self.conn, self.root_id, self.layout, self.hashing = conn, root_id, layout, hashing
         self.files_seen = len(found.images) + len(found.annotations)
         self.problems = sorted({(problem.path, problem.code, problem.message) for problem in found.problems})
-        self.files_read = 0
+        self.files_read = self.fell_back = self.moved = 0
+        self.unreadable: dict[str, str] = {}  # path → what was found when it was last tried
         self._id: int | None = None
         self._noted: set[tuple[str, str, str, str]] = set()
 
@@ -183,8 +193,9 @@ class Run:
             # Only one ingest of a root runs at a time, so a row that still says running was killed.
             self.conn.execute("UPDATE ingest_run SET state = 'interrupted' WHERE root_id = %s AND state = 'running'", [self.root_id])
             row = self.conn.execute(
-                "INSERT INTO ingest_run (root_id, layout, program_version, host, files_seen) VALUES (%s, %s, %s, %s, %s) RETURNING id",
-                [self.root_id, self.layout, __version__, socket.gethostname(), self.files_seen],
+                "INSERT INTO ingest_run (root_id, layout, program_version, host, files_seen, hash) VALUES (%s, %s, %s, %s, %s, %s) "
+                "RETURNING id",
+                [self.root_id, self.layout, __version__, socket.gethostname(), self.files_seen, self.hashing],
             ).fetchone()
             assert row is not None
             self._id = int(row[0])
@@ -223,10 +234,31 @@ class Run:
             return
         state = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
         self.conn.execute(
-            "UPDATE ingest_run SET state = %s, finished_at = now(), files_read = %s, errors = %s WHERE id = %s",
-            [state, self.files_read, len(self._noted), self._id],
+            "UPDATE ingest_run SET state = %s, finished_at = now(), files_read = %s, errors = %s, fell_back = %s WHERE id = %s",
+            [state, self.files_read, len(self._noted), self.fell_back, self._id],
         )
         self.conn.commit()
+
+
+def _differing(
+    conn: psycopg.Connection[Any], run: Run, wanted: Mapping[str, Image | Annotation]
+) -> tuple[list[Image | Annotation], dict[int, list[str]]]:
+    """Return what is new or changed and must be read, and by size the paths of files that are not there any more."""
+    rows = conn.execute("SELECT path, size, mtime_ns, state FROM file WHERE root_id = %s", [run.root_id], binary=True)
+    unreadable = dict(conn.execute(UNREADABLE, [run.root_id]).fetchall())
+    gone: dict[int, list[str]] = {}
+    same = set()
+    for path, size, mtime_ns, state in rows:
+        item = wanted.get(path)
+        if item is None:
+            if state != "missing":
+                gone.setdefault(size, []).append(path)
+        # An unreadable file whose flag a person closed is left in peace until it changes.
+        elif state != "missing" and path not in unreadable and (item.entry.size, item.entry.mtime_ns) == (size, mtime_ns):
+            same.add(path)
+    conn.commit()
+    run.unreadable = unreadable
+    return [item for path, item in wanted.items() if path not in same], gone
 
 
 def _ingest(
@@ -234,30 +266,25 @@ def _ingest(
     run: Run,
     found: Found,
     summary: Summary,
-    folder: Path,
-    jobs: int | None,
-    executor: Executor | None,
-    progress: Progress,
+    folder: str,
+    results: Iterable[Result],
+    gone: dict[int, list[str]],
 ) -> None:
-    rows = conn.execute("SELECT path, size, mtime_ns, state FROM file WHERE root_id = %s", [run.root_id])
-    known = {path: (size, mtime, state) for path, size, mtime, state in rows}
-    wanted: list[Image | Annotation] = [*found.images, *found.annotations]
-    unreadable = dict(conn.execute(UNREADABLE, [run.root_id]).fetchall())
-    todo = [item for item in wanted if item.entry.path in unreadable or _differs(item.entry, known.get(item.entry.path))]
-    if _last_differs(conn, run):
-        run.id  # noqa: B018  a run of its own, also when all that changed is that something wrong is gone
-    summary.missing = _mark_missing(conn, run, list(known.keys() - {item.entry.path for item in wanted}))
-    conn.commit()
-    polygons = {item.entry.path: item for item in found.annotations}
-    with contextlib.closing(read_all(str(folder), todo, jobs, executor, progress)) as results:
-        while batch := list(islice(results, FILES_PER_COMMIT)):
-            _write(conn, run, batch, polygons, unreadable)
-            conn.commit()
-            run.files_read += sum(not isinstance(result, NotPart) for result in batch)
-    summary.files_read = run.files_read
+    again = _last_differs(conn, run)
+    if again or gone:
+        run.id  # noqa: B018  a run of its own, also when all that changed is that something is gone
+    while batch := list(islice(results, FILES_PER_COMMIT)):
+        _write(conn, run, batch, folder, gone)
+        conn.commit()
+        run.files_read += sum(not isinstance(result, NotPart) for result in batch)
+        run.fell_back += sum(isinstance(result, Read) and result.fell_back for result in batch)
+    missing = [path for paths in gone.values() for path in paths]
+    if missing:
+        files.mark_missing(conn, run.id, run.root_id, missing)
+    summary.missing, summary.moved, summary.files_read, summary.fell_back = len(missing), run.moved, run.files_read, run.fell_back
     _write_originals(conn, found)
     images.number_phases(conn)
-    pairings.pair(conn, run, found.annotations)
+    pairings.pair(conn, run, found.annotations, everything=again or bool(missing) or run.files_read > 0)
     conn.commit()
     pairings.make_masks(conn, run)
     if run.files_read:
@@ -278,7 +305,7 @@ def _last_differs(conn: psycopg.Connection[Any], run: Run) -> bool:
     return run.problems != sorted(rows.fetchall())
 
 
-def _root(conn: psycopg.Connection[Any], folder: Path, name: str | None) -> int:
+def _root(conn: psycopg.Connection[Any], folder: Path | str, name: str | None) -> int:
     """Return the root's id; a new folder becomes a root."""
     known = "SELECT id, name FROM root WHERE url = %s"
     row = conn.execute(known, [str(folder)]).fetchone()
@@ -289,7 +316,7 @@ def _root(conn: psycopg.Connection[Any], folder: Path, name: str | None) -> int:
         if name not in (None, row[1]):
             raise CatalogError(f"--name {name}: this folder is in the catalog already, as {row[1]}; leave --name out")
         return int(row[0])
-    wanted = name or folder.name or "root"
+    wanted = name or str(folder).rpartition("/")[2] or "root"
     taken = {taken for (taken,) in conn.execute("SELECT name FROM root WHERE starts_with(name, %s)", [wanted])}
     if name in taken:
         raise CatalogError(f"--name {name}: another root has this name; choose one that is free (see `catalog status`)")
@@ -309,63 +336,38 @@ def _wait_alone(conn: psycopg.Connection[Any], root_id: int, say: Callable[[str]
     return waits
 
 
-def _differs(entry: Entry, known: tuple[int, int, str] | None) -> bool:
-    # An unreadable file whose flag a person closed is left in peace until it changes.
-    return known is None or known[:2] != (entry.size, entry.mtime_ns) or known[2] == "missing"
-
-
-def _write(
-    conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], polygons: dict[str, Annotation], unreadable: dict[str, str]
-) -> None:
-    read = [result for result in results if isinstance(result, ReadImage)]
+def _write(conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], folder: str, gone: dict[int, list[str]]) -> None:
+    read = [result for result in results if isinstance(result, Read)]
+    refused = [
+        result
+        for result in results
+        if isinstance(result, Refused) and run.unreadable.get(result.entry.path) != f"{result.code}: {result.message}"
+    ]
+    if read or refused:
+        run.moved += len(files.moved(conn, run.root_id, gone, read))
+        files.write(conn, run.id, run.root_id, [*read, *refused])
     if read:
-        images.write(conn, run.id, run.root_id, read)
-    drawn = [(polygons[result.entry.path], result.polygon) for result in results if isinstance(result, ReadAnnotation)]
-    if drawn:
-        pairings.write_polygons(conn, run.id, run.root_id, drawn)
-    refused = []
-    for result in results:
-        if isinstance(result, Refused) and unreadable.get(result.entry.path) != f"{result.code}: {result.message}":
-            file_id = _write_unreadable(conn, run, result)
-            conn.execute(
-                "INSERT INTO flag (rule, severity, detail, file_id, raised_by) VALUES ('FILE-UNREADABLE', 'error', %s, %s, 'ingest') "
-                "ON CONFLICT DO NOTHING",  # a person may have raised it before
-                [f"{result.code}: {result.message}", file_id],
-            )
-            run.refuse(result.entry.path, "read", result.code, result.message)
-            refused.append(result.entry.path)
-    if refused:
-        images.settle(conn, run.root_id, refused)
-        pairings.retire(conn, run.root_id, refused)
-    # Perhaps there was an image in it once.
-    _mark_missing(conn, run, [result.entry.path for result in results if isinstance(result, NotPart)])
-
-
-def _write_unreadable(conn: psycopg.Connection[Any], run: Run, result: Refused) -> int:
-    row = conn.execute(
-        "INSERT INTO file (root_id, path, kind, size, mtime_ns, state, ingest_run_id) VALUES (%s, %s, %s, %s, %s, 'unreadable', %s) "
-        "ON CONFLICT (root_id, path) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns, state = excluded.state, "
-        "ingest_run_id = excluded.ingest_run_id RETURNING id",
-        [run.root_id, result.entry.path, result.kind, result.entry.size, result.entry.mtime_ns, run.id],
-    ).fetchone()
-    assert row is not None
-    images.close_file_flags(conn, run.root_id, [result.entry.path])
-    return int(row[0])
-
-
-def _mark_missing(conn: psycopg.Connection[Any], run: Run, paths: Sequence[str]) -> int:
-    """Note that these files are not there any more; returns how many of them are news."""
-    rows = conn.execute(
-        "SELECT path FROM file WHERE root_id = %s AND path = ANY(%s) AND state <> 'missing'", [run.root_id, list(paths)]
-    ).fetchall()
-    if gone := [path for (path,) in rows]:
+        if with_rows := [result for result in read if result.rows]:
+            images.write(conn, run.root_id, folder, with_rows)
+        pairings.write(conn, run.id, run.root_id, read)
+    for result in refused:
         conn.execute(
-            "UPDATE file SET state = 'missing', ingest_run_id = %s WHERE root_id = %s AND path = ANY(%s)", [run.id, run.root_id, gone]
+            "INSERT INTO flag (rule, severity, detail, file_id, raised_by) "
+            "SELECT 'FILE-UNREADABLE', 'error', %s, id, 'ingest' FROM file WHERE root_id = %s AND path = %s "
+            "ON CONFLICT DO NOTHING",  # a person may have raised it before
+            [f"{result.code}: {result.message}", run.root_id, result.entry.path],
         )
-        images.close_file_flags(conn, run.root_id, gone, "the file is gone")
-        images.settle(conn, run.root_id, gone)
-        pairings.retire(conn, run.root_id, gone)
-    return len(gone)
+        run.refuse(result.entry.path, "read", result.code, result.message)
+    if paths := [result.entry.path for result in refused]:
+        images.settle(conn, run.root_id, paths)
+        pairings.retire(conn, run.root_id, paths)
+    # Perhaps there was an image in it once.
+    if unfit := [result.entry.path for result in results if isinstance(result, NotPart)]:
+        known = conn.execute(
+            "SELECT path FROM file WHERE root_id = %s AND path = ANY(%s) AND state <> 'missing'", [run.root_id, unfit]
+        ).fetchall()
+        if known:
+            files.mark_missing(conn, run.id, run.root_id, [path for (path,) in known])
 
 
 def _write_originals(conn: psycopg.Connection[Any], found: Found) -> None:

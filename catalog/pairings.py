@@ -7,15 +7,18 @@ pairing that is not rejected, so that what is proposed can be looked at.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.types.json import Jsonb
 
-from catalog import contours, images
+from catalog import contours, geometry
+from catalog.contours import FloatArray
 from catalog.layouts import Annotation
-from catalog.records import Polygon
+from catalog.reading import Read
+from catalog.records import Drawn
 
 if TYPE_CHECKING:
     from catalog.ingest import Run
@@ -28,35 +31,88 @@ WANTED = """
 CREATE TEMP TABLE IF NOT EXISTS wanted (path text, image_path text, folder text, number integer, unpaired text) ON COMMIT DELETE ROWS
 """
 
-# Every current annotation of the root with each image it may belong to; image_id NULL: none. `decided`: a person has said which.
-CANDIDATE = """
+PLANE_MM = 0.5  # how far an image's plane may lie from a point that is said to lie in it
+
+# Current annotations of the root with each image they may belong to; image_id NULL: none. `decided`: a person has said which.
+#
+# What the layout's names say comes first, then what the annotation's file says (`refers_to`): a path and frame, a UID and frame, a plane.
+# The first that finds images decides. A plane is looked for in the series that is named, else in the study, else in the frame of
+# reference; a FrameOfReferenceUID that only one instance has means nothing (in the Sunnybrook files every one differs).
+CANDIDATE = f"""
 CREATE TEMP TABLE candidate ON COMMIT DROP AS
 WITH drawn AS (
-    SELECT DISTINCT a.id AS annotation_id, w.image_path, w.folder, w.number, w.unpaired
-    FROM wanted w JOIN file f ON f.root_id = %(root)s AND f.path = w.path JOIN annotation a ON a.file_id = f.id AND a.current
-), found AS (
-    SELECT d.annotation_id, l.image_id, 'file-number' AS method
+    SELECT DISTINCT a.id AS annotation_id, a.refers_to, w.image_path, w.folder, w.number, w.unpaired
+    FROM annotation a JOIN file f ON f.id = a.file_id LEFT JOIN wanted w ON w.path = f.path AND f.root_id = %(root)s
+    WHERE a.current AND (f.root_id = %(root)s AND (w.path IS NOT NULL OR %(all)s) OR %(all)s AND EXISTS (
+        SELECT FROM flag g WHERE g.annotation_id = a.id AND g.rule = 'PAIR-NO-IMAGE' AND g.state = 'open'))
+), direct AS (
+    SELECT d.annotation_id, l.image_id, 1 AS turn, CASE WHEN d.number IS NULL THEN 'path' ELSE 'file-number' END AS method
     FROM drawn d JOIN file f ON f.root_id = %(root)s AND f.path = d.image_path AND f.state = 'present' JOIN location l ON l.file_id = f.id
+    JOIN image i ON i.id = l.image_id AND i.frame = coalesce((d.refers_to ->> 'frame')::integer, i.frame)
     UNION
-    SELECT d.annotation_id, l.image_id, 'instance-number'
+    SELECT d.annotation_id, l.image_id, 1, 'instance-number'
     FROM drawn d
     JOIN file f ON f.root_id = %(root)s AND f.state = 'present' AND starts_with(f.path, d.folder || '/')
     JOIN location l ON l.file_id = f.id JOIN image i ON i.id = l.image_id
     JOIN instance n ON n.id = i.instance_id AND n.instance_number = d.number
     WHERE d.image_path IS NULL
+    UNION
+    SELECT d.annotation_id, l.image_id, 2, 'path'
+    FROM drawn d JOIN file f ON f.root_id = %(root)s AND f.path = d.refers_to ->> 'path' AND f.state = 'present'
+    JOIN location l ON l.file_id = f.id
+    JOIN image i ON i.id = l.image_id AND i.frame = coalesce((d.refers_to ->> 'frame')::integer, 0)
+    UNION
+    SELECT d.annotation_id, i.id, 3, 'uid'
+    FROM drawn d JOIN instance n ON n.sop_instance_uid = d.refers_to ->> 'sop_instance_uid' AND n.sop_instance_uid <> ''
+    JOIN image i ON i.instance_id = n.id AND i.frame = coalesce((d.refers_to ->> 'frame')::integer, 0)
+    WHERE EXISTS (SELECT FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id AND f.state = 'present')
+), plane AS MATERIALIZED (
+    SELECT d.annotation_id, ARRAY(SELECT jsonb_array_elements_text(p -> 'position')::float8) AS position,
+           CASE WHEN jsonb_typeof(p -> 'orientation') = 'array'
+                THEN ARRAY(SELECT jsonb_array_elements_text(p -> 'orientation')::float8) END AS orientation,
+           coalesce(p ->> 'series_instance_uid', '') AS series, coalesce(p ->> 'study_instance_uid', '') AS study,
+           coalesce(p ->> 'frame_of_reference_uid', '') AS reference, (p ->> 'rows')::integer AS rows, (p ->> 'columns')::integer AS columns
+    FROM drawn d CROSS JOIN LATERAL (SELECT d.refers_to -> 'plane' AS p) q
+    WHERE jsonb_typeof(p) = 'object' AND NOT EXISTS (SELECT FROM direct o WHERE o.annotation_id = d.annotation_id)
+), scope AS (
+    SELECT p.annotation_id, se.id AS series_id FROM plane p JOIN series se ON se.series_instance_uid = p.series WHERE p.series <> ''
+    UNION
+    SELECT p.annotation_id, se.id FROM plane p JOIN study st ON st.study_instance_uid = p.study JOIN series se ON se.study_id = st.id
+    WHERE p.study <> '' AND NOT EXISTS (SELECT FROM series o WHERE o.series_instance_uid = p.series AND p.series <> '')
+    UNION
+    SELECT p.annotation_id, n.series_id FROM plane p JOIN instance n ON n.frame_of_reference_uid = p.reference
+    WHERE p.reference <> '' AND p.study = '' AND p.series = ''
+), found AS (
+    SELECT * FROM direct
+    UNION
+    SELECT p.annotation_id, i.id, 4, 'geometry'
+    FROM plane p JOIN scope USING (annotation_id) JOIN instance n USING (series_id) JOIN image i ON i.instance_id = n.id
+    WHERE (p.reference = '' OR n.frame_of_reference_uid IN ('', p.reference) OR NOT EXISTS (
+          SELECT FROM instance x WHERE x.series_id = n.series_id AND x.frame_of_reference_uid = n.frame_of_reference_uid AND x.id <> n.id))
+      AND abs(plane_distance(p.position, i.image_position, i.image_orientation)) <= {PLANE_MM}
+      AND (p.orientation IS NULL OR same_grid(p.position, p.orientation, i.image_position, i.image_orientation)
+           AND (p.rows IS NULL OR (p.rows, p.columns) = (i.rows, i.columns)))
+      AND EXISTS (SELECT FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id AND f.state = 'present')
+), best AS (
+    SELECT * FROM (SELECT *, rank() OVER (PARTITION BY annotation_id ORDER BY turn) AS place FROM found) AS ranked WHERE place = 1
 )
 SELECT d.annotation_id, c.image_id, c.method,
-       CASE c.method WHEN 'file-number' THEN 'contour number ' || number || ' = number in the image file''s name'
-                     ELSE 'contour number ' || number || ' = InstanceNumber (0020,0013)' END AS rule,
+       CASE c.method WHEN 'file-number' THEN 'number ' || number || ' = number in the image file''s name'
+                     WHEN 'instance-number' THEN 'number ' || number || ' = InstanceNumber (0020,0013)'
+                     WHEN 'path' THEN 'the image file that its name or table gives'
+                     WHEN 'uid' THEN 'ReferencedSOPInstanceUID (0008,1155) = SOPInstanceUID (0008,0018)'
+                     WHEN 'geometry' THEN 'its plane = the image''s, within {PLANE_MM} mm' END AS rule,
        count(c.image_id) OVER mine AS candidates, 1.0::float8 / nullif(count(c.image_id) OVER mine, 0) AS score,
-       CASE count(c.image_id) OVER mine WHEN 1 THEN 'accepted' ELSE 'proposed' END AS state, d.number, d.unpaired,
+       CASE WHEN count(c.image_id) OVER mine = 1 AND d.mismatch IS NULL THEN 'accepted' ELSE 'proposed' END AS state,
+       d.number, d.unpaired, d.mismatch,
        EXISTS (SELECT FROM pairing p WHERE p.annotation_id = d.annotation_id AND p.actor NOT LIKE 'layout:%%') AS decided
-FROM (SELECT DISTINCT annotation_id, number, unpaired FROM drawn) d LEFT JOIN found c USING (annotation_id)
+FROM (SELECT DISTINCT annotation_id, number, unpaired, refers_to ->> 'mismatch' AS mismatch FROM drawn) d
+LEFT JOIN best c USING (annotation_id)
 WINDOW mine AS (PARTITION BY d.annotation_id)
 """
 
 TO_REJECT = """
-SELECT p.id FROM pairing p WHERE p.actor = %(actor)s AND p.state <> 'rejected'
+SELECT p.id FROM pairing p WHERE p.actor LIKE 'layout:%%' AND p.state <> 'rejected'
   AND p.annotation_id IN (SELECT annotation_id FROM candidate)
   AND NOT EXISTS (SELECT FROM candidate k WHERE k.annotation_id = p.annotation_id AND k.image_id = p.image_id)
 """
@@ -77,11 +133,15 @@ ON CONFLICT (annotation_id, image_id) DO UPDATE SET method = excluded.method, ru
 FOUND = """
 WITH found AS (
     SELECT DISTINCT 'PAIR-NO-IMAGE' AS rule, annotation_id, 0::bigint AS pairing_id,
-           CASE WHEN unpaired <> '' THEN unpaired ELSE 'no image has number ' || number END AS detail
+           CASE WHEN unpaired <> '' THEN unpaired WHEN number IS NOT NULL THEN 'no image has number ' || number
+                ELSE 'the image that it refers to is not in the catalog' END AS detail
     FROM candidate WHERE candidates = 0 AND NOT decided
     UNION ALL
-    SELECT DISTINCT 'PAIR-AMBIGUOUS', annotation_id, 0, candidates || ' images have number ' || number || '; none was chosen'
+    SELECT DISTINCT 'PAIR-AMBIGUOUS', annotation_id, 0,
+           candidates || CASE WHEN number IS NOT NULL THEN ' images have number ' || number ELSE ' images fit' END || '; none was chosen'
     FROM candidate WHERE candidates > 1 AND NOT decided
+    UNION ALL
+    SELECT DISTINCT 'PAIR-GRID', annotation_id, 0, mismatch || '; none was chosen' FROM candidate WHERE mismatch IS NOT NULL AND NOT decided
     UNION ALL
     -- The image that this was first paired with has lost its place to another one.
     SELECT 'PAIR-CHANGED', 0, p.id, 'drawn when the image file held other pixels; look at it, or put the old file back'
@@ -94,74 +154,72 @@ WITH found AS (
     SELECT g.id, g.rule, coalesce(g.annotation_id, 0) AS annotation_id, coalesce(g.pairing_id, 0) AS pairing_id,
            g.state = 'open' AS open, g.state <> 'open' AND g.closed_by <> 'ingest' AS closed_by_person
     FROM flag g LEFT JOIN pairing p ON p.id = g.pairing_id
-    WHERE g.rule IN ('PAIR-NO-IMAGE', 'PAIR-AMBIGUOUS', 'PAIR-CHANGED') AND g.raised_by = 'ingest'
+    WHERE g.rule IN ('PAIR-NO-IMAGE', 'PAIR-AMBIGUOUS', 'PAIR-CHANGED', 'PAIR-GRID') AND g.raised_by = 'ingest'
       AND coalesce(g.annotation_id, p.annotation_id) IN (SELECT annotation_id FROM candidate)
 )
 """
 
 TO_CLOSE = f"""{FOUND}
 SELECT id FROM raised WHERE open AND (rule, annotation_id, pairing_id) NOT IN (SELECT rule, annotation_id, pairing_id FROM found)
-"""  # noqa: S608
+"""
 
 TO_RAISE = f"""{FOUND}
 SELECT rule, detail, nullif(annotation_id, 0), nullif(pairing_id, 0) FROM found
 WHERE (rule, annotation_id, pairing_id) NOT IN (SELECT rule, annotation_id, pairing_id FROM raised WHERE open OR closed_by_person)
-"""  # noqa: S608
+"""
 
 DRAWN_STAGED = """
 CREATE TEMP TABLE IF NOT EXISTS drawn_staged (
-    path text, size bigint, mtime_ns bigint, reader text, structure text, convention text, refers_to jsonb, points float8[],
-    rings integer[], area_px float8, content_hash bytea
+    path text, source_key text, reader text, structure text, kind text, origin text, label text, convention text, refers_to jsonb,
+    points float8[], rings integer[], area_px float8, rows integer, columns integer, box integer[], bits bytea, content_hash bytea
 ) ON COMMIT DELETE ROWS
 """
 
 WRITE: tuple[str, ...] = (
-    """
-    INSERT INTO file (root_id, path, kind, size, mtime_ns, state, ingest_run_id)
-    SELECT %(root)s, path, 'annotation', size, mtime_ns, 'present', %(run)s FROM drawn_staged ORDER BY path
-    ON CONFLICT (root_id, path) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns, state = excluded.state,
-        ingest_run_id = excluded.ingest_run_id
-    """,
     "INSERT INTO reader (name) SELECT DISTINCT reader FROM drawn_staged ORDER BY 1 ON CONFLICT DO NOTHING",
     "INSERT INTO structure (name) SELECT DISTINCT structure FROM drawn_staged ORDER BY 1 ON CONFLICT DO NOTHING",
 )
 
-# Of each file its newest version: id, whether it is current, whether it holds the same.
+# Of each annotation its newest version: id, whether it is current, whether its file holds the same still (NULL: nothing under that key).
 LAST_VERSION = """
-SELECT DISTINCT ON (a.file_id) a.id, a.current, a.content_hash = d.content_hash
-FROM drawn_staged d JOIN file f ON f.root_id = %(root)s AND f.path = d.path JOIN annotation a ON a.file_id = f.id AND a.source_key = ''
-ORDER BY a.file_id, a.version DESC
+SELECT DISTINCT ON (a.file_id, a.source_key) a.id, a.current, (a.content_hash, a.refers_to) = (d.content_hash, d.refers_to)
+FROM unnest(%(paths)s::text[]) AS read (path) JOIN file f ON f.root_id = %(root)s AND f.path = read.path
+JOIN annotation a ON a.file_id = f.id
+LEFT JOIN drawn_staged d ON d.path = f.path AND d.source_key = a.source_key
+ORDER BY a.file_id, a.source_key, a.version DESC
 """
 
 # What is not current by now is new.
 NEW_VERSION = """
-INSERT INTO annotation (file_id, version, reader_id, structure_id, kind, origin, points, rings, convention, polygon_area_px, content_hash,
-    refers_to, ingest_run_id)
-SELECT f.id, 1 + coalesce((SELECT max(o.version) FROM annotation o WHERE o.file_id = f.id AND o.source_key = ''), 0), r.id, s.id, 'polygon',
-       'contour', d.points, d.rings, d.convention, d.area_px, d.content_hash, d.refers_to, %(run)s
+INSERT INTO annotation (file_id, source_key, version, reader_id, structure_id, kind, origin, label, points, rings, convention,
+    polygon_area_px, rows, columns, box, bits, content_hash, refers_to, ingest_run_id)
+SELECT f.id, d.source_key,
+       1 + coalesce((SELECT max(o.version) FROM annotation o WHERE o.file_id = f.id AND o.source_key = d.source_key), 0), r.id, s.id,
+       d.kind, d.origin, d.label, d.points, d.rings, d.convention, d.area_px, d.rows, d.columns, d.box, d.bits, d.content_hash,
+       d.refers_to, %(run)s
 FROM drawn_staged d JOIN file f ON f.root_id = %(root)s AND f.path = d.path
 JOIN reader r ON r.name = d.reader JOIN structure s ON s.name = d.structure
-WHERE NOT EXISTS (SELECT FROM annotation c WHERE c.file_id = f.id AND c.source_key = '' AND c.current)
-ORDER BY d.path RETURNING id, cardinality(points) / 2
+WHERE NOT EXISTS (SELECT FROM annotation c WHERE c.file_id = f.id AND c.source_key = d.source_key AND c.current)
+ORDER BY d.path, d.source_key
+RETURNING id, kind, cardinality(points) / CASE convention WHEN 'patient' THEN 3 ELSE 2 END
 """
 
 RETIRED = "no longer the current version"
 
 
-def write_polygons(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequence[tuple[Annotation, Polygon]]) -> None:
-    """Write what these files hold as their current versions; the same content again is no new version."""
+def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, read: Sequence[Read]) -> None:
+    """Write what was drawn in these files as current versions; the same content again is no new version.
+
+    A file that held an annotation and does not any more retires it.
+    """
     with conn.cursor().copy("COPY drawn_staged FROM STDIN") as copy:
-        for drawn, shape in read:
-            copy.write_row(
-                (
-                    drawn.entry.path, drawn.entry.size, drawn.entry.mtime_ns, drawn.reader, drawn.structure, drawn.convention,
-                    Jsonb(drawn.refers_to), shape.points, shape.rings, shape.area_px, shape.content_hash,
-                )
-            )  # fmt: skip
-    parameters = {"root": root_id, "run": run_id}
+        for file in read:
+            for one in file.drawn:
+                copy.write_row((file.entry.path, *_row(one)))
+    paths = [file.entry.path for file in read]
+    parameters = {"root": root_id, "run": run_id, "paths": paths}
     for statement in WRITE:
         conn.execute(statement, parameters)
-    images.close_file_flags(conn, root_id, [drawn.entry.path for drawn, _ in read])
     last = conn.execute(LAST_VERSION, parameters).fetchall()
     if replaced := [annotation_id for annotation_id, current, same in last if current and not same]:
         retire_ids(conn, replaced)
@@ -175,9 +233,22 @@ def write_polygons(conn: psycopg.Connection[Any], run_id: int, root_id: int, rea
             ") newest WHERE reason = %s",
             [returned, RETIRED],
         )
-    for annotation_id, points in conn.execute(NEW_VERSION, parameters).fetchall():
-        if points < 3:
+    for annotation_id, kind, points in conn.execute(NEW_VERSION, parameters).fetchall():
+        if kind == "polygon" and points < 3:
             flag(conn, annotation_id, "CONTOUR-POINTS", f"has {points} points; an area needs at least three")
+
+
+def _row(one: Drawn) -> tuple[Any, ...]:
+    outline, raster = one.polygon, one.segment
+    label = None if one.label is None else hashlib.sha256(one.label.encode()).digest()
+    content = outline.content_hash if outline else raster.content_hash if raster else label
+    origin = "contour" if one.kind == "polygon" else one.kind
+    shape = (None, None, None, None) if raster is None else (raster.rows, raster.columns, list(raster.box), raster.bits)
+    points = (None, None, None) if outline is None else (outline.points, outline.rings, outline.area_px)
+    return (
+        one.source_key, one.reader, one.structure, one.kind, origin, one.label, one.convention, Jsonb(one.refers_to), *points, *shape,
+        content,
+    )  # fmt: skip
 
 
 def flag(
@@ -188,6 +259,14 @@ def flag(
         "INSERT INTO flag (rule, severity, detail, value, annotation_id, raised_by) VALUES (%s, %s, %s, %s, %s, 'ingest') "
         "ON CONFLICT DO NOTHING",
         [rule, severity, detail, value, annotation_id],
+    )
+
+
+def _flag_pairing(conn: psycopg.Connection[Any], pairing_id: int, rule: str, detail: str, value: float | None = None) -> None:
+    conn.execute(
+        "INSERT INTO flag (rule, severity, detail, value, pairing_id, raised_by) VALUES (%s, 'error', %s, %s, %s, 'ingest') "
+        "ON CONFLICT DO NOTHING",
+        [rule, detail, value, pairing_id],
     )
 
 
@@ -211,16 +290,18 @@ def retire_ids(conn: psycopg.Connection[Any], annotation_ids: Sequence[int]) -> 
     )
 
 
-def pair(conn: psycopg.Connection[Any], run: Run, annotations: Sequence[Annotation]) -> None:
-    """Bring the pairings that the layout makes up to what it says now. Writes nothing where nothing differs.
+def pair(conn: psycopg.Connection[Any], run: Run, annotations: Sequence[Annotation], *, everything: bool) -> None:
+    """Bring the pairings that the layouts make up to what they say now. Writes nothing where nothing differs.
 
-    Each step first asks what differs: even an UPDATE of no row counts as a change of the catalog, for which a daemon plans again.
+    `everything`: also those of which no name says anything, since files were read or are gone. Each step first asks what differs: even an
+    UPDATE of no row counts as a change of the catalog, for which a daemon plans again.
     """
     with conn.cursor().copy("COPY wanted FROM STDIN") as copy:
         for drawn in annotations:
-            for image_path in drawn.candidates or (None,):
-                copy.write_row((drawn.entry.path, image_path, drawn.folder, drawn.number, drawn.unpaired))
-    parameters = {"root": run.root_id, "actor": run.actor}
+            if drawn.candidates or drawn.folder or drawn.unpaired:
+                for image_path in drawn.candidates or (None,):
+                    copy.write_row((drawn.entry.path, image_path, drawn.folder, drawn.number, drawn.unpaired))
+    parameters = {"root": run.root_id, "actor": run.actor, "all": everything}
     conn.execute(CANDIDATE, parameters)
     if rejected := [pairing_id for (pairing_id,) in conn.execute(TO_REJECT, parameters)]:
         conn.execute("UPDATE pairing SET state = 'rejected', at = now() WHERE id = ANY(%s)", [rejected])
@@ -243,29 +324,66 @@ def pair(conn: psycopg.Connection[Any], run: Run, annotations: Sequence[Annotati
         run.id  # noqa: B018  a link table that changed is worth a row, too
 
 
+# Segments are masks already; on an image of another grid they are none, and a finding.
+MASKS_OF_SEGMENTS = """
+INSERT INTO mask (pairing_id, rows, columns, box_row, box_column, box_rows, box_columns, bits)
+SELECT p.id, a.rows, a.columns, a.box[1], a.box[2], a.box[3], a.box[4], a.bits
+FROM pairing p JOIN annotation a ON a.id = p.annotation_id AND a.kind = 'segment' JOIN file f ON f.id = a.file_id
+JOIN image i ON i.id = p.image_id AND (i.rows, i.columns) = (a.rows, a.columns)
+WHERE f.root_id = %(root)s AND p.state <> 'rejected' AND NOT EXISTS (SELECT FROM mask m WHERE m.pairing_id = p.id)
+"""
+OTHER_GRIDS = """
+SELECT p.id, a.rows || '×' || a.columns || ', the image has ' || i.rows || '×' || i.columns
+FROM pairing p JOIN annotation a ON a.id = p.annotation_id AND a.kind = 'segment' AND a.current JOIN file f ON f.id = a.file_id
+JOIN image i ON i.id = p.image_id AND (i.rows, i.columns) <> (a.rows, a.columns)
+WHERE f.root_id = %(root)s AND p.state <> 'rejected' AND NOT EXISTS (SELECT FROM flag g WHERE g.pairing_id = p.id AND g.rule = 'PAIR-GRID')
+"""
+
+
 def make_masks(conn: psycopg.Connection[Any], run: Run) -> None:
-    """Rasterise every polygon of the root whose pairing has no mask yet; commits every 1,000."""
+    """Make the mask of every pairing of the root that has none yet; commits every 1,000 polygons."""
+    root = {"root": run.root_id}
+    if conn.execute(f"SELECT EXISTS ({MASKS_OF_SEGMENTS[MASKS_OF_SEGMENTS.index('SELECT') :]})", root).fetchone() == (True,):
+        conn.execute(MASKS_OF_SEGMENTS, root)
+    for pairing_id, grids in conn.execute(OTHER_GRIDS, root).fetchall():
+        _flag_pairing(conn, pairing_id, "PAIR-GRID", f"the segment has {grids}; it has no mask there")
+    conn.commit()
+    last = 0
     while True:
         todo = conn.execute(
-            "SELECT p.id, a.id, a.points, a.rings, a.convention, a.shift_x, a.shift_y, a.polygon_area_px, i.rows, i.columns "
+            "SELECT p.id, a.id, a.points, a.rings, a.convention, a.shift_x, a.shift_y, a.polygon_area_px, i.rows, i.columns, "
+            "i.image_position, i.image_orientation, i.row_spacing, i.column_spacing "
             "FROM pairing p JOIN annotation a ON a.id = p.annotation_id AND a.kind = 'polygon' JOIN file f ON f.id = a.file_id "
-            "JOIN image i ON i.id = p.image_id "
-            "WHERE f.root_id = %s AND p.state <> 'rejected' AND NOT EXISTS (SELECT FROM mask m WHERE m.pairing_id = p.id) LIMIT %s",
-            [run.root_id, MASKS_PER_COMMIT],
+            "JOIN image i ON i.id = p.image_id WHERE f.root_id = %s AND p.state <> 'rejected' AND p.id > %s "
+            "AND NOT EXISTS (SELECT FROM mask m WHERE m.pairing_id = p.id) ORDER BY p.id LIMIT %s",
+            [run.root_id, last, MASKS_PER_COMMIT],
         ).fetchall()
         if not todo:
             return
-        areas = []
+        last = todo[-1][0]
+        areas, unplaced, far = [], [], []
         with conn.cursor().copy(
             "COPY mask (pairing_id, rows, columns, box_row, box_column, box_rows, box_columns, bits) FROM STDIN"
         ) as copy:
-            for pairing_id, annotation_id, points, rings, convention, shift_x, shift_y, polygon_area, rows, columns in todo:
-                raster = contours.rasterise(
-                    contours.unflatten(points, rings), rows, columns, convention=convention, shift=(shift_x, shift_y)
-                )
+            for pairing_id, annotation_id, points, rings, convention, shift_x, shift_y, polygon_area, rows, columns, *place in todo:
+                drawn = contours.unflatten(points, rings, 3 if convention == "patient" else 2)
+                if convention == "patient":
+                    placed = _in_pixels(drawn, place)
+                    if placed is None:
+                        unplaced.append(annotation_id)
+                        continue
+                    drawn, off = placed
+                    convention, polygon_area = "centre", contours.polygon_area(drawn)  # noqa: PLW2901
+                    if off > PLANE_MM:
+                        far.append((pairing_id, off))
+                raster = contours.rasterise(drawn, rows, columns, convention=convention, shift=(shift_x, shift_y))
                 copy.write_row((pairing_id, rows, columns, *contours.boxed(raster)))
                 if max(rings, default=0) >= 3:  # fewer are flagged as such
                     areas.append((annotation_id, int(raster.sum()), polygon_area))
+        for annotation_id in unplaced:
+            flag(conn, annotation_id, "MASK-GEOMETRY", "its image does not say plainly where it lies, so it has no mask there")
+        for pairing_id, off in far:
+            _flag_pairing(conn, pairing_id, "PAIR-PLANE", f"drawn {off:.1f} mm off the plane of its image", value=off)
         for annotation_id, area, polygon_area in areas:
             if not area:
                 flag(conn, annotation_id, "MASK-EMPTY", "no pixel's centre lies inside the polygon, so there is nothing to learn from")
@@ -275,3 +393,18 @@ def make_masks(conn: psycopg.Connection[Any], run: Run) -> None:
                 )
                 flag(conn, annotation_id, "MASK-AREA", detail, severity="warning", value=area / polygon_area if polygon_area else None)
         conn.commit()
+
+
+def _in_pixels(rings: list[FloatArray], place: Sequence[Any]) -> tuple[list[FloatArray], float] | None:
+    """Return rings in mm of the patient as pixels of an image, and how far off its plane they lie at most, in mm.
+
+    None if the image does not say where it lies, or not plainly.
+    """
+    position, orientation, row_spacing, column_spacing = place
+    if position is None or orientation is None or not row_spacing or not column_spacing:
+        return None
+    try:
+        placed = [geometry.to_pixels(ring, position, orientation, (row_spacing, column_spacing)) for ring in rings]
+    except ValueError:
+        return None
+    return [pixels for pixels, _ in placed], max((float(abs(distance).max()) for _, distance in placed), default=0.0)

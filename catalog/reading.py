@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -15,19 +16,39 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from catalog import contours, dicom
+import numpy as np
+
+from catalog import contours, dicom, header, pixels, remote
 from catalog.errors import FileError
-from catalog.layouts import Annotation, Entry, Image
-from catalog.records import Polygon, polygon
+from catalog.layouts import Annotation, Entry, Image, custom
+from catalog.records import Drawn, Frame, Instance, polygon
 
 FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own work a task is little beside reading them
 TASKS_AT_ONCE = 16
 LONGEST_UID = 1_000  # characters; far beyond PS3.5 9.1, since UIDs are kept as found, and within what PostgreSQL indexes
 LONGEST_MM = 1e9
+WHOLE = 64 * 1024 * 1024  # bytes of a file that are read at once
+HEAD = 65_536  # bytes that --hash head takes: the header of nearly every DICOM file and the first pixels
+FRAME, FRAME_COLUMNS = 16, 20  # where the frame stands in a row, and how many columns are its own
+
+Hashing = Literal["full", "head", "none"]
+
+# What reads a file: the module that has `read_images` or `read_annotations`. "module:function" is a reader of the user's own.
+FORMATS = {
+    "dicom": "dicom", "rtstruct": "rtstruct", "seg": "seg", "nifti": "nifti", "idx": "idx", "raster": "raster",
+    "table-label": "layouts.table",
+}  # fmt: skip
+# SOP classes (PS3.4 B.5) of objects that hold annotations and no image.
+ANNOTATIONS = {
+    "1.2.840.10008.5.1.4.1.1.481.3": "rtstruct",
+    "1.2.840.10008.5.1.4.1.1.66.4": "seg",
+    "1.2.840.10008.5.1.4.1.1.66.7": "seg",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +57,27 @@ class Refused:
 
     entry: Entry
     kind: str
+    format: str
     code: str
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class ReadImage:
-    """A file's rows for ``staged``, one a frame."""
+class Read:
+    """What a file holds: rows for ``staged``, one a frame (one without a frame for an object without images), and what was drawn."""
 
     entry: Entry
-    rows: list[tuple[Any, ...]]
-    other_patient: bool
+    format: str
+    content_hash: bytes | None
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    other_patient: bool = False
+    fell_back: bool = False
 
-
-@dataclass(frozen=True, slots=True)
-class ReadAnnotation:
-    """A contour file's points."""
-
-    entry: Entry
-    polygon: Polygon
+    @property
+    def kind(self) -> str:
+        """What it is foremost: image, annotation or other."""
+        return "annotation" if self.drawn else "image" if self.rows and self.rows[0][FRAME] is not None else "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +87,7 @@ class NotPart:
     entry: Entry
 
 
-Result = ReadImage | ReadAnnotation | Refused | NotPart
+Result = Read | Refused | NotPart
 Progress = Callable[[int, int], None]
 
 
@@ -83,13 +106,13 @@ def _processes(jobs: int | None, files: int) -> Iterator[Executor]:
     pool.shutdown()
 
 
-def _submit(pool: Executor, folder: str, items: Sequence[Image | Annotation]) -> Future[list[Result]]:
+def _submit(pool: Executor, folder: str, items: Sequence[Image | Annotation], hashing: Hashing) -> Future[list[Result]]:
     """Hand files to a reading process. One that starts now inherits that Ctrl-C is for the writer alone, from its first line on."""
     if not hasattr(signal, "pthread_sigmask"):
-        return pool.submit(read_files, folder, items)
+        return pool.submit(read_files, folder, items, hashing)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(read_files, folder, items)
+        return pool.submit(read_files, folder, items, hashing)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -107,7 +130,14 @@ def _end_with_parent() -> None:
 
 
 def read_all(
-    folder: str, todo: Sequence[Image | Annotation], jobs: int | None, executor: Executor | None, progress: Progress
+    folder: str,
+    todo: Sequence[Image | Annotation],
+    *,
+    hashing: Hashing,
+    jobs: int | None,
+    executor: Executor | None,
+    at_once: int = TASKS_AT_ONCE,
+    progress: Progress,
 ) -> Generator[Result]:
     """Yield a result a file, in no order; read by `executor`, or by `jobs` processes of this machine."""
     tasks = deque(todo[start : start + FILES_PER_TASK] for start in range(0, len(todo), FILES_PER_TASK))
@@ -117,94 +147,229 @@ def read_all(
         with contextlib.nullcontext(executor) if executor else _processes(jobs, len(todo) - read) as pool:
             try:
                 while tasks or running:
-                    while tasks and len(running) < TASKS_AT_ONCE:
-                        running[_submit(pool, folder, tasks[0])] = tasks[0]
+                    while tasks and len(running) < at_once:
+                        running[_submit(pool, folder, tasks[0], hashing)] = tasks[0]
                         tasks.popleft()
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
-                        results = future.result()
-                        del running[future]
-                        read += len(results)
+                        results = _outcome(future)
+                        items = running.pop(future)
+                        read += len(items)
                         progress(read, len(todo))
-                        yield from results
+                        yield from results if results is not None else _read_apart(folder, items, hashing)
             except BrokenExecutor:
-                executor = None  # a reading process died: below, and then the rest in new ones
+                executor, at_once = None, TASKS_AT_ONCE  # a reading process died: below, and then the rest in new ones
         while running:
             _, items = running.popitem()
-            yield from _read_apart(folder, items)
+            yield from _read_apart(folder, items, hashing)
             read += len(items)
             progress(read, len(todo))
 
 
-def _read_apart(folder: str, items: Sequence[Image | Annotation]) -> Iterator[Result]:
+def _outcome(future: Future[list[Result]]) -> list[Result] | None:
+    """Return what was read; None if the executor gave these files up, as Dask does with what several of its workers died on."""
+    try:
+        return future.result()
+    except BrokenExecutor:
+        raise
+    except Exception:  # reading itself raises nothing
+        return None
+
+
+def _read_apart(folder: str, items: Sequence[Image | Annotation], hashing: Hashing) -> Iterator[Result]:
     """After a reading process died: in a process of their own and by halves, until the file that kills it is found."""
     with _processes(1, 1) as alone:
         try:
-            results = _submit(alone, folder, items).result()
+            results = _submit(alone, folder, items, hashing).result()
         except BrokenExecutor:
             results = None
     if results is not None:
         yield from results
     elif len(items) > 1:
-        yield from _read_apart(folder, items[: len(items) // 2])
-        yield from _read_apart(folder, items[len(items) // 2 :])
+        yield from _read_apart(folder, items[: len(items) // 2], hashing)
+        yield from _read_apart(folder, items[len(items) // 2 :], hashing)
     else:
         died = "the process that read it died; it is left out; look at it with another program"
-        yield Refused(items[0].entry, _kind(items[0]), "reader-died", died)
+        yield Refused(items[0].entry, _kind(items[0]), items[0].format, "reader-died", died)
 
 
-def read_files(folder: str, items: Sequence[Image | Annotation]) -> list[Result]:
+def read_files(folder: str, items: Sequence[Image | Annotation], hashing: Hashing) -> list[Result]:
     """Read some files of one root. Runs in a reading process."""
-    return [_read(folder, item) for item in items]
+    return [_read(folder, item, hashing) for item in items]
 
 
-def _read(folder: str, item: Image | Annotation) -> Result:
+def _read(folder: str, item: Image | Annotation, hashing: Hashing) -> Result:
     try:
-        return _read_image(folder, item) if isinstance(item, Image) else _read_annotation(folder, item)
+        return _read_image(folder, item, hashing) if isinstance(item, Image) else _read_annotation(folder, item, hashing)
     except FileError as error:
         if error.code == "not-dicom" and isinstance(item, Image) and not item.sure:
             return NotPart(item.entry)
-        return Refused(item.entry, _kind(item), error.code, str(error))
+        return Refused(item.entry, _kind(item), item.format, error.code, str(error))
     except Exception as error:  # one file of a million must not stop the others; the text could hold a value of its header
-        return Refused(item.entry, _kind(item), "reader-failed", f"reading it failed with {type(error).__name__}; it is left out")
+        failed = f"reading it failed with {type(error).__name__}; it is left out"
+        return Refused(item.entry, _kind(item), item.format, "reader-failed", failed)
 
 
 def _kind(item: Image | Annotation) -> str:
     return "image" if isinstance(item, Image) else "annotation"
 
 
-def _read_image(folder: str, item: Image) -> ReadImage:
-    found = dicom.read_instance(Path(folder, item.entry.path))
+def _reader(form: str, function: str) -> Any:
+    """Return the function of a format, or of the user's own by import path."""
+    if ":" in form:
+        return custom.load(form)
+    return getattr(importlib.import_module(f"catalog.{FORMATS[form]}"), function)
+
+
+def _local(folder: str, entry: Entry) -> contextlib.AbstractContextManager[Path]:
+    """Return a context that gives a path under which a file can be opened."""
+    return remote.local(folder, entry) if remote.is_url(folder) else contextlib.nullcontext(Path(folder, entry.path))
+
+
+def _read_image(folder: str, item: Image, hashing: Hashing) -> Read:
+    if remote.is_url(folder) and item.format == "dicom" and hashing == "none":
+        read = partial(_range, folder, item.entry.path)
+        if (found := header.read_header(read, item.entry.size)) is not None and found.instance.sop_class_uid not in ANNOTATIONS:
+            return _as_read(item, found.instance, None, [], fell_back=False)
+    with _local(folder, item.entry) as path:
+        return _read_local(path, item, hashing)
+
+
+def _range(url: str, path: str, length: int, start: int) -> bytes:
+    return remote.read_range(url, path, start, start + length)
+
+
+def _read_local(path: Path, item: Image, hashing: Hashing) -> Read:
+    fell_back = False
+    content_hash: bytes | None = None
+    drawn: list[Drawn] = []
+    if item.format == "dicom":
+        found, fell_back, content_hash = _read_dicom(path, item.entry, hashing)
+        if (holds := ANNOTATIONS.get(found.sop_class_uid)) is not None:
+            drawn = _reader(holds, "read_annotations")(path, item.options)
+            found = replace(found, frames=())
+    else:
+        found = _reader(item.format, "read_images")(path, item.options)
+        found = replace(found, series_instance_uid=found.series_instance_uid or item.entry.path)
+    return _as_read(item, found, content_hash or _content_hash(path, item.entry, hashing), drawn, fell_back=fell_back)
+
+
+def _as_read(item: Image, found: Instance, content_hash: bytes | None, drawn: list[Drawn], *, fell_back: bool) -> Read:
     for uid in (found.study_instance_uid, found.series_instance_uid, found.sop_instance_uid):
         if len(uid) > LONGEST_UID:
             raise FileError("unreadable", f"a UID of {len(uid)} characters, where DICOM allows 64 (PS3.5 9.1), so the header is damaged")
-    content = hashlib.sha256(b"".join(frame.pixel_hash or b"" for frame in found.frames)).digest()
+    own = found.patient_id.strip()
+    patient = item.patient or own or found.study_instance_uid or item.entry.path.rpartition("/")[0] or item.entry.path
+    other = bool(own and item.patient and own != item.patient)
+    return Read(item.entry, item.format, content_hash, rows(item, found, _text(patient)), drawn, other_patient=other, fell_back=fell_back)
+
+
+def _read_dicom(path: Path, entry: Entry, hashing: Hashing) -> tuple[Instance, bool, bytes | None]:
+    """Return what a DICOM file says, whether that took pydicom, and the file's hash where that came with it."""
+    content_hash = None
+    try:
+        with path.open("rb", buffering=0) as file:
+            if hashing != "full":
+                found = header.read_header(partial(os.pread, file.fileno()), entry.size)
+                if found is not None:
+                    return found.instance, False, None
+            elif entry.size <= WHOLE:
+                data = file.read(entry.size + 1) or b""
+                content_hash = hashlib.sha256(data).digest()
+                found = header.parse_header(data, len(data))
+                if found is not None and (hashed := _hashed(found, data)) is not None:
+                    return hashed, False, content_hash
+    except OSError as error:
+        raise FileError("unreadable", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+    return dicom.read_instance(path, hash_pixels=hashing == "full"), True, content_hash
+
+
+def _hashed(found: header.Header, data: bytes) -> Instance | None:
+    """Return an instance with its pixels' hashes; None where its pixels must be decoded for that."""
+    frames = []
+    for frame in found.instance.frames:
+        if frame.offset is None or frame.dtype is None:
+            return None
+        stored = memoryview(data)[frame.offset : frame.offset + frame.length]
+        if len(stored) != frame.length or not (found.checked or pixels.fits(stored, np.dtype(frame.dtype), frame.bits_stored)):
+            return None
+        frames.append(replace(frame, pixel_hash=hashlib.sha256(stored).digest()))
+    return replace(found.instance, frames=tuple(frames))
+
+
+def rows(item: Image, found: Instance, patient: str) -> list[tuple[Any, ...]]:
+    """Return a file's rows for ``staged``."""
+    known = all(frame.pixel_hash is not None for frame in found.frames)
+    content = hashlib.sha256(b"".join(frame.pixel_hash or b"" for frame in found.frames)).digest() if known and found.frames else None
     head = (
-        item.entry.path, item.entry.size, item.entry.mtime_ns, item.patient, _text(found.study_instance_uid), _text(found.study_date),
-        _text(found.series_instance_uid), _int4(found.series_number), _text(found.modality), _text(found.sop_instance_uid),
-        _text(found.sop_class_uid), _int4(found.instance_number), found.number_of_frames, _int4(found.images_in_acquisition),
-        content, _text(found.transfer_syntax_uid),
+        item.entry.path, patient, _text(found.study_instance_uid), _text(found.study_date), _text(found.series_instance_uid),
+        _int4(found.series_number), _text(found.modality), _text(found.sop_instance_uid), _text(found.sop_class_uid),
+        _int4(found.instance_number), found.number_of_frames, _int4(found.images_in_acquisition), content,
+        _text(found.frame_of_reference_uid), _text(found.transfer_syntax_uid), found.coding,
     )  # fmt: skip
-    rows = [
+    if not found.frames:
+        return [(*head, *[None] * FRAME_COLUMNS)]
+    return [
         (
             *head, frame.frame, frame.rows, frame.columns, frame.samples_per_pixel, _text(frame.photometric),
             *_spacing(frame.pixel_spacing), _list(frame.image_position), _list(frame.image_orientation), _mm(frame.position),
-            _mm(frame.slice_thickness), frame.trigger_time, frame.slope, frame.intercept, frame.pixel_hash,
-            frame.offset, frame.length if frame.dtype else None, frame.dtype,
+            _mm(frame.slice_thickness), frame.trigger_time, frame.slope, frame.intercept, frame.modality_lut, frame.pixel_hash,
+            frame.offset, frame.length if frame.dtype else None, frame.dtype, _unchecked_bits(frame),
         )
         for frame in found.frames
     ]  # fmt: skip
-    return ReadImage(item.entry, rows, other_patient=found.patient_id not in ("", item.patient))
 
 
-def _read_annotation(folder: str, item: Annotation) -> ReadAnnotation:
+def _unchecked_bits(frame: Frame) -> int | None:
+    """Return Bits Stored where the pixels were not looked at, and bits above it may be in use."""
+    if frame.dtype is None or frame.pixel_hash is not None or frame.bits_stored == 8 * int(frame.dtype[2:]):
+        return None
+    return frame.bits_stored
+
+
+def _read_annotation(folder: str, item: Annotation, hashing: Hashing) -> Read:
+    with _local(folder, item.entry) as path:
+        return _drawn_in(path, folder, item, hashing)
+
+
+def _drawn_in(path: Path, folder: str, item: Annotation, hashing: Hashing) -> Read:
+    if item.format == "contour":
+        drawn = [_read_contour(path, item)]
+    else:
+        read = _reader(item.format, "read_annotations")(path, {"root": folder, **item.options})
+        drawn = [
+            replace(
+                one,
+                structure=one.structure or item.structure,
+                reader=one.reader or item.reader,
+                refers_to={**item.refers_to, **one.refers_to},
+            )
+            for one in read
+        ]
+    return Read(item.entry, item.format, _content_hash(path, item.entry, hashing), drawn=drawn)
+
+
+def _read_contour(path: Path, item: Annotation) -> Drawn:
     if item.entry.size > contours.MAX_BYTES:
         raise FileError("contour-unreadable", f"{item.entry.size} bytes are too many for a contour; it is left out")
     try:
-        data = Path(folder, item.entry.path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise FileError("unreadable", f"{error.strerror}; it is left out; give read access, then ingest again") from None
-    return ReadAnnotation(item.entry, polygon([contours.read_points(data)]))
+    outline = polygon([contours.read_points(data)])
+    return Drawn("", item.structure, item.reader, "polygon", item.refers_to, polygon=outline, convention=item.convention)
+
+
+def _content_hash(path: Path, entry: Entry, hashing: Hashing) -> bytes | None:
+    if hashing == "none":
+        return None
+    try:
+        with path.open("rb", buffering=0) as file:
+            if hashing == "full":
+                return hashlib.file_digest(file, "sha256").digest()
+            return hashlib.sha256(entry.size.to_bytes(8, "little") + (file.read(HEAD) or b"")).digest()
+    except OSError as error:
+        raise FileError("unreadable", f"{error.strerror}; it is left out; give read access, then ingest again") from None
 
 
 def _text(value: str) -> str:

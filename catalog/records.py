@@ -43,6 +43,7 @@ class Frame:
     offset: int | None  # of the frame's first byte in the file; None unless dtype is given
     length: int  # bytes of the frame at offset; 0 unless dtype is given
     dtype: str | None  # numpy's name, such as "<i2", where the bytes at offset are what a decoder gives; else None
+    modality_lut: bool = False  # its values go through a Modality LUT Sequence (0028,3000) instead of slope and intercept
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def work_query(structures: int) -> sql.Composed:
     return sql.SQL(
         "SELECT convert_to(json_build_array(i.id, encode(uuid_send(i.sample_key), 'hex'), ro.url, f.path, f.size, f.mtime_ns, "
         "l.byte_offset, l.byte_length, l.dtype, i.slope, i.intercept, i.frame, i.rows, i.columns, n.sop_instance_uid, "
-        "encode(i.pixel_hash, 'hex'), json_build_array({boxes}))::text, 'UTF8'), {bits} "
+        "encode(i.pixel_hash, 'hex'), f.format, l.coding, l.bits_stored, i.modality_lut, json_build_array({boxes}))::text, 'UTF8'), {bits} "
         "FROM epoch_order e CROSS JOIN LATERAL unnest(e.sample_ids{slices}) WITH ORDINALITY AS s (id{drawn}, n) "
         "JOIN image i ON i.id = s.id JOIN instance n ON n.id = i.instance_id "
         "LEFT JOIN location l ON l.image_id = i.id AND l.preferred LEFT JOIN file f ON f.id = l.file_id "

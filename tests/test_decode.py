@@ -40,7 +40,7 @@ def many(folder: Path) -> Path:
 
 
 def sample(slope: float, intercept: float, shape: tuple[int, int]) -> Sample:
-    return Sample(1, bytes(16), "/", "x", 0, 0, 0, 0, "<i2", slope, intercept, 0, *shape, "", b"", ())
+    return Sample(1, bytes(16), "/", "x", 0, 0, 0, 0, "<i2", slope, intercept, 0, *shape, "", b"", "dicom", "", None, False, ())
 
 
 @given(

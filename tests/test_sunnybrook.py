@@ -96,7 +96,7 @@ AX_BY = {"X": "A", "Y": "B"}
 )
 def test_link(tmp_path: Path, link: bytes, expected: dict[str, str], codes: list[str]) -> None:
     """link.csv pairs what it names once and clearly; what it does not is said with its line, and no other pairing suffers."""
-    found = sunnybrook.read(Tree(make_tree(tmp_path, link)))
+    found = sunnybrook.read(Tree(make_tree(tmp_path, link)), {})
     assert pairs(found) == expected
     assert [problem.code for problem in found.problems] == codes
     assert all(problem.path == "link.csv" and "\n" not in problem.message for problem in found.problems)
@@ -109,7 +109,7 @@ def test_any_link_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, l
     """Whatever bytes link.csv holds, reading the tree raises nothing, and no contour has two patients."""
     folder = tmp_path_factory.mktemp("tree")
     make_tree(folder, link, "A", "X")
-    found = sunnybrook.read(Tree(folder))
+    found = sunnybrook.read(Tree(folder), {})
     assert len(found.annotations) == 1
     assert found.originals or not found.annotations[0].candidates
 
@@ -138,7 +138,7 @@ def test_names(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = sunnybrook.read(Tree(tmp_path))
+    found = sunnybrook.read(Tree(tmp_path), {})
     drawn = {(item.structure, item.reader, item.number) for item in found.annotations}
     assert drawn == {("inner", "manual", 1), ("outer", "kim", 2)}
     images = {item.entry.path.removeprefix("dicoms/A/"): item.sure for item in found.images}

@@ -1,0 +1,321 @@
+"""`catalog flag`, `catalog pair`, `catalog patient`: what people decide."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from catalog import deciding, flags
+from catalog.database import open_database
+from catalog.output import (
+    ONE_NAME,
+    Actor,
+    AsJson,
+    DatabaseUrl,
+    DryRun,
+    PatientName,
+    cell,
+    counted,
+    number,
+    one_name,
+    plain,
+    print_json,
+    print_table,
+    say_dry,
+)
+
+flag_app = typer.Typer(no_args_is_help=True, help="Findings: raise, list and close them.")
+patient_app = typer.Typer(no_args_is_help=True, help="Consent: withdraw it, give it back; and erasing a patient.")
+pair_app = typer.Typer(no_args_is_help=True, help="What was drawn on which image: look at what is proposed, and decide.")
+
+
+@flag_app.command("add", context_settings=ONE_NAME)
+def flag_add(
+    context: typer.Context,
+    subject: Annotated[str, typer.Argument(help="sample:17, file:9, annotation:3, pairing:5, series:UID, study:UID or patient:NAME.")],
+    rule: Annotated[str, typer.Option(help="A short code, such as BAD-CONTOUR.")],
+    detail: Annotated[str, typer.Option(help="What was found, in words.")],
+    severity: Annotated[flags.Severity, typer.Option(help="Open errors keep samples out of feeding.")] = flags.Severity.ERROR,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Feed nothing of it any more, at once, from frozen streams too.")] = False,
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+) -> None:
+    """Raise a flag; says what it keeps out, and with --revoke which runs saw it. Daemons take up to a second: again lists all."""
+    one_name(context)
+    with open_database(database) as db:
+        added = flags.add(db, subject, rule=rule, detail=detail, severity=severity, revoke=revoke, actor=actor, dry_run=dry_run)
+    say_dry(dry_run)
+    kind, _, name = subject.partition(":")
+    for flag in added.flags:
+        _print_flag(flag, f"{kind} {name}" if flags.NAMED_BY[kind][1] == "id" else f"the {kind}")
+    samples = number(added.images, "sample")
+    if any(flag.revokes for flag in added.flags):
+        typer.echo(f"affects {samples}, fed no more, and what is ingested of it later")
+        _print_seen(added.seen)
+    elif any(flag.severity == flags.Severity.ERROR for flag in added.flags):
+        typer.echo(f"affects {samples}, left out from the next epoch on")
+    else:
+        typer.echo(f"affects {samples}, fed all the same: it is no error")
+
+
+@flag_app.command("list")
+def flag_list(
+    rule: Annotated[str | None, typer.Option(help="Those of this rule alone.", show_default=False)] = None,
+    state: Annotated[flags.State, typer.Option(help="open, or all with those that were closed.")] = flags.State.OPEN,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """List flags, oldest first."""
+    with open_database(database) as db:
+        rows = flags.listed(db, rule=rule, state=state)
+    if as_json:
+        typer.echo(json.dumps([{name: plain(value) for name, value in row.items()} for row in rows], indent=2))
+    elif not rows:
+        typer.echo("no flags" if state == flags.State.ALL else "no open flags")
+    else:
+        names = [name for name in rows[0] if state == flags.State.ALL or name not in ("state", "closed_by", "closed_at", "reason")]
+        print_table(names, [[cell(row[name]) for name in names] for row in rows])
+
+
+@flag_app.command("close")
+def flag_close(
+    ids: Annotated[list[int], typer.Argument(metavar="ID...", help="As `catalog flag list` shows.")],
+    reason: Annotated[str, typer.Option(help="Why, in words.")],
+    false_positive: Annotated[bool, typer.Option("--false-positive", help="There was nothing wrong.")] = False,
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+) -> None:
+    """Close flags, all or none. What they kept out is fed again, unless another flag keeps it out."""
+    with open_database(database) as db:
+        closed = flags.close(db, ids, reason=reason, false_positive=false_positive, actor=actor, dry_run=dry_run)
+    say_dry(dry_run)
+    _print_closed(closed)
+
+
+@patient_app.command(context_settings=ONE_NAME)
+def withdraw(
+    context: typer.Context,
+    patient: PatientName,
+    reason: Annotated[str, typer.Option(help="More about it, in words.", show_default=False)] = "",
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Consent is withdrawn: feed nothing of the patient any more, also of what comes later; says which trainings saw the patient.
+
+    Running daemons take up to a second: the same command again lists what they delivered until then.
+    """
+    one_name(context)
+    with open_database(database) as db:
+        added = flags.withdraw(db, patient, reason=reason, actor=actor, dry_run=dry_run)
+    say_dry(dry_run)
+    [flag] = added.flags
+    if as_json:
+        found = {"flag": flag.id, "change": flag.change, "dry_run": dry_run, "images": added.images, "annotations": added.annotations}
+        seen = [{name: plain(value) for name, value in asdict(one).items()} for one in added.seen]
+        typer.echo(json.dumps({**found, "seen": seen}, indent=2))
+        return
+    _print_flag(flag, "the patient")
+    typer.echo(f"takes out {number(added.images, 'image')} and {number(added.annotations, 'annotation')}, and what is ingested later")
+    _print_seen(added.seen)
+
+
+@patient_app.command(context_settings=ONE_NAME)
+def reinstate(
+    context: typer.Context,
+    patient: PatientName,
+    reason: Annotated[str, typer.Option(help="Why, in words.")],
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+) -> None:
+    """Consent is given again: close the flag of `catalog patient withdraw`."""
+    one_name(context)
+    with open_database(database) as db:
+        closed = flags.reinstate(db, patient, reason=reason, actor=actor, dry_run=dry_run)
+    say_dry(dry_run)
+    _print_closed(closed)
+    if not closed:
+        typer.echo("the patient is not withdrawn: nothing changed")
+
+
+@patient_app.command(context_settings=ONE_NAME)
+def erase(
+    context: typer.Context,
+    patient: PatientName,
+    reason: Annotated[str, typer.Option(help="Why, in words.")],
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete all that the catalog holds of a patient, for good; says which trainings saw the patient. Files are not touched.
+
+    An ingest refuses the patient's files from now on. Running trainings that have the patient in their epoch end with an error: withdraw
+    first. Epochs keep their numbers, of which nothing leads back.
+    """
+    from catalog import erasing
+
+    one_name(context)
+    with open_database(database) as db:
+        erased = erasing.erase(db, patient, reason=reason, actor=actor, dry_run=dry_run)
+    say_dry(dry_run)
+    if as_json:
+        print_json(asdict(erased))
+        return
+    if not erased.changed:
+        typer.echo(f"the patient was erased already by {erased.actor} at {cell(erased.at)} (erasure {erased.id}): nothing changed")
+        return
+    typer.echo(f"erased the patient (erasure {erased.id or '(new)'}): " + counted(erased.rows))
+    if erased.kept_files:
+        typer.echo(f"{number(erased.kept_files, 'file')} with images of others too stay in the catalog")
+    _print_seen(erased.seen)
+    typer.echo(
+        "the files themselves, decoded copies in local caches and backups are not touched: remove them; an ingest refuses the files now"
+    )
+
+
+@pair_app.command("list")
+def pair_list(
+    state: Annotated[deciding.State, typer.Option(help="Of which state; unpaired: annotations without.")] = deciding.State.PROPOSED,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """List annotations with the images that they may belong to; `catalog show SAMPLE -o FILE` draws one."""
+    with open_database(database) as db:
+        found = deciding.listed(db, state=state)
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    if not found:
+        typer.echo("no annotations" if state == deciding.State.ALL else f"nothing is {state}")
+        return
+    names = [
+        "annotation",
+        "structure",
+        "reader",
+        "file",
+        "pairing",
+        "sample_id",
+        "image",
+        "method",
+        "rule",
+        "score",
+        "state",
+        "actor",
+        "at",
+    ]
+    rows = []
+    for one in found:
+        drawn = [str(one.annotation), one.structure, one.reader, one.file + (f" [{one.source_key}]" if one.source_key else "")]
+        for which in one.candidates:
+            image = (which.image or "(no file)") + (f" [{which.frame}]" if which.frame else "")
+            said = [which.method, which.rule, f"{which.score:.3g}", which.state, which.actor, cell(which.at)]
+            rows.append([*drawn, str(which.pairing), str(which.sample_id), image, *said])
+        if not one.candidates:
+            rows.append([*drawn, *[""] * (len(names) - len(drawn))])
+    print_table(names, rows)
+
+
+@pair_app.command("accept")
+def pair_accept(
+    ids: Annotated[list[int], typer.Argument(metavar="PAIRING_ID...", help="As `catalog pair list` shows.")],
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say that pairings are right, all or none: other ones of the same annotation are rejected. No ingest touches them any more."""
+    with open_database(database) as db:
+        decided = deciding.accept(db, ids, actor=actor, dry_run=dry_run)
+    _print_decided(decided, dry_run, as_json)
+
+
+@pair_app.command("reject")
+def pair_reject(
+    ids: Annotated[list[int], typer.Argument(metavar="PAIRING_ID...", help="As `catalog pair list` shows.")],
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say that pairings are wrong, all or none. No ingest touches the annotation's pairings any more."""
+    with open_database(database) as db:
+        decided = deciding.reject(db, ids, actor=actor, dry_run=dry_run)
+    _print_decided(decided, dry_run, as_json)
+
+
+@pair_app.command("link")
+def pair_link(
+    annotation: Annotated[int, typer.Argument(metavar="ANNOTATION_ID", help="As `catalog pair list` shows.")],
+    sample: Annotated[int, typer.Argument(metavar="SAMPLE_ID", help="A sample_id of the view image_all.")],
+    actor: Actor = None,
+    dry_run: DryRun = False,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pair an annotation with an image by hand, and make the mask."""
+    with open_database(database) as db:
+        decided = deciding.link(db, annotation, sample, actor=actor, dry_run=dry_run)
+    _print_decided([decided], dry_run, as_json)
+
+
+def _print_decided(decided: list[deciding.Decided], dry_run: bool, as_json: bool) -> None:
+    say_dry(dry_run)
+    if as_json:
+        print_json([asdict(one) for one in decided])
+        return
+    for one in decided:
+        what = f"pairing {one.pairing or '(new)'} of annotation {one.annotation} with sample {one.sample_id}"
+        if not one.changed:
+            typer.echo(f"{what} was {one.state} already: nothing changed")
+            continue
+        others = f"; rejected: {', '.join(map(str, one.rejected))}" if one.rejected else ""
+        typer.echo(f"{what} {one.state}{others}" + (f"; closed {number(len(one.closed), 'flag')}" if one.closed else ""))
+
+
+def _print_flag(flag: flags.Flag, on: str) -> None:
+    what = f"flag {flag.id or '(new)'} ({flag.severity}{', revokes' if flag.revokes else ''}) on {on}"
+    if flag.change is None:
+        typer.echo(f"{what} is open already, raised by {flag.raised_by} at {cell(flag.raised_at)}: nothing changed")
+    else:
+        typer.echo(f"{what} {flag.change}")
+
+
+def _print_closed(closed: list[flags.Closed]) -> None:
+    for flag in closed:
+        if not flag.changed:
+            typer.echo(f"flag {flag.id} was closed already by {flag.closed_by} at {cell(flag.closed_at)} ({flag.state}): nothing changed")
+            continue
+        freed = f"; {number(flag.freed, 'sample')} no longer revoked" if flag.revoked else ""
+        held = f", {flag.held} still are by other flags" if flag.held else ""
+        typer.echo(f"flag {flag.id} ({flag.rule}) closed: {flag.state}{freed}{held}")
+
+
+def _print_seen(seen: list[flags.Seen]) -> None:
+    if not seen:
+        typer.echo("no run saw any of it")
+        return
+    typer.echo(f"seen already by {number(len({one.run for one in seen}), 'run')}:")
+    rows = []
+    for one in seen:
+        samples = f"{one.samples}{'+' if one.pruned else ''}"
+        times = [cell(one.first), cell(one.last)]
+        models = ", ".join(one.models) or "none noted"
+        rows.append([one.run, one.stream_name or str(one.stream), _ranges(one.epochs), samples, str(one.deliveries), *times, models])
+    print_table(["run", "stream", "epochs", "samples", "deliveries", "first", "last", "models"], rows)
+    if any(one.pruned for one in seen):
+        typer.echo("+ perhaps more in pruned epochs, of which only the patients are known")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return sorted numbers as 0-3, 5."""
+    runs = [[at for _, at in group] for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

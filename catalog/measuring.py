@@ -1,0 +1,484 @@
+"""`catalog measure`: what images' pixels are like, and their hash where ingest did not make one.
+
+A pass of its own over the pixels, by processes. It can be stopped at any moment and goes on with the images that have no row yet. Each
+file is opened once for all its images that one task has; size and time must be those catalogued, before and after it was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+
+from catalog import images
+from catalog.database import Database, explain
+from catalog.errors import CatalogError, FileError
+from catalog.ingest import LOCK_CLASS
+from catalog.reading import Progress, _processes
+
+IMAGES_PER_TASK = 64
+TASKS_AT_ONCE = 16
+IMAGES_PER_PAGE = 8_192
+IMAGES_PER_COMMIT = 4_096
+SECONDS_PER_COMMIT = 10.0  # where decoding is slow
+BINS = 256
+MOST_LEVELS = 1 << 20  # whole numbers are counted value by value where they span no more than this, as all of 16 bits do
+# What is wrong with this machine, and not with the file.
+NOT_THE_FILE = ("changed", "missing", "no-decoder", "cache-limit", "cache-full", "cache-unusable")
+
+# An image whose file was found unreadable is looked at again once that flag is closed: by an ingest of another file, or by a person.
+TODO = """
+FROM image i JOIN location l ON l.image_id = i.id AND l.preferred JOIN file f ON f.id = l.file_id AND f.state = 'present'
+JOIN root r ON r.id = f.root_id
+WHERE i.id > %(after)s AND (i.pixel_hash IS NULL OR NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id)) AND NOT EXISTS (
+    SELECT FROM flag g WHERE g.file_id = f.id AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE'))
+"""
+COUNT = f"SELECT count(*) {TODO}"
+PAGE = f"""
+SELECT i.id, f.id, r.id, r.url, f.path, f.size, f.mtime_ns, f.format, l.coding, i.frame, i.rows, i.columns, i.samples_per_pixel,
+       i.slope, i.intercept, i.modality_lut, l.byte_offset, l.byte_length, l.dtype, l.bits_stored, i.pixel_hash IS NULL
+{TODO} ORDER BY i.id LIMIT {IMAGES_PER_PAGE}
+"""
+
+STAGED = """
+CREATE TEMP TABLE IF NOT EXISTS measured (
+    image_id bigint, file_id bigint, size bigint, mtime_ns bigint, pixel_hash bytea, minimum float8, maximum float8, mean float8,
+    deviation float8, entropy float8, saturated float8, nans bigint
+) ON COMMIT DELETE ROWS
+"""
+# What an ingest took out or read again meanwhile.
+OUTDATED = """
+DELETE FROM measured m WHERE NOT EXISTS (
+    SELECT FROM location l JOIN file f ON f.id = l.file_id
+    WHERE l.image_id = m.image_id AND f.id = m.file_id AND (f.size, f.mtime_ns) = (m.size, m.mtime_ns))
+"""
+MEASURE = """
+INSERT INTO measure (image_id, minimum, maximum, mean, deviation, entropy, saturated, nans)
+SELECT image_id, minimum, maximum, mean, deviation, entropy, saturated, nans FROM measured ORDER BY image_id ON CONFLICT DO NOTHING
+"""
+HASH = """
+UPDATE image i SET pixel_hash = m.pixel_hash FROM measured m WHERE i.id = m.image_id AND m.pixel_hash IS NOT NULL AND i.pixel_hash IS NULL
+RETURNING i.id, i.instance_id
+"""
+CONTENT = """
+UPDATE instance n SET content_hash = c.hash FROM (
+    SELECT i.instance_id, count(*) AS frames, sha256(string_agg(i.pixel_hash, ''::bytea ORDER BY i.frame)) AS hash
+    FROM image i WHERE i.instance_id = ANY(%(instances)s) GROUP BY i.instance_id HAVING bool_and(i.pixel_hash IS NOT NULL)) c
+WHERE n.id = c.instance_id AND n.content_hash IS NULL AND n.number_of_frames = c.frames AND NOT EXISTS (
+    SELECT FROM instance o WHERE o.series_id = n.series_id AND o.sop_instance_uid = n.sop_instance_uid AND o.content_hash = c.hash)
+"""
+# Those whose sample_key depends on their pixels.
+KEYED_BY_PIXELS = """
+SELECT i.id FROM image i JOIN instance n ON n.id = i.instance_id WHERE i.id = ANY(%(images)s) AND (
+    n.sop_instance_uid = '' OR EXISTS (SELECT FROM instance o WHERE o.sop_instance_uid = n.sop_instance_uid AND o.id <> n.id))
+"""
+FLAG = """
+INSERT INTO flag (rule, severity, detail, file_id, raised_by)
+SELECT 'FILE-UNREADABLE', 'error', %s, id, 'measure' FROM file WHERE id = %s AND (size, mtime_ns) = (%s, %s) ON CONFLICT DO NOTHING
+"""
+
+Array = npt.NDArray[Any]
+
+CHANGED = ("changed", "the file is not what was catalogued; run `catalog ingest` on its root again")
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a pass did. Counts images, and files in `flagged`."""
+
+    images: int = 0
+    measured: int = 0
+    hashed: int = 0
+    flagged: int = 0  # as unreadable
+    left: dict[str, int] = field(default_factory=dict)  # not measured now for another reason: code and message → how many
+    not_measured: int = 0  # all that have no row in ``measure``
+    seconds: float = 0.0
+
+
+class Item(NamedTuple):
+    """One image to measure, as `PAGE` gives it."""
+
+    image_id: int
+    file_id: int
+    root_id: int
+    root: str
+    path: str
+    size: int
+    mtime_ns: int
+    format: str
+    coding: str
+    frame: int
+    rows: int
+    columns: int
+    samples: int
+    slope: float
+    intercept: float
+    modality_lut: bool
+    offset: int | None
+    length: int | None
+    dtype: str | None
+    bits_stored: int | None
+    to_hash: bool
+
+
+class Statistics(NamedTuple):
+    """What stands in a row of ``measure``; without any finite value minimum, maximum, mean and deviation are NaN, the rest 0."""
+
+    minimum: float
+    maximum: float
+    mean: float
+    deviation: float
+    entropy: float
+    saturated: float
+    nans: int
+
+
+class Measured(NamedTuple):
+    """What was found in one image; its hash where it was asked for."""
+
+    item: Item
+    pixel_hash: bytes | None
+    statistics: Statistics
+
+
+class Left(NamedTuple):
+    """An image that was not measured, and why; codes are those of FileError."""
+
+    item: Item
+    code: str
+    message: str
+
+
+Outcome = Measured | Left
+
+
+def measure(
+    database: Database,
+    *,
+    jobs: int | None = None,
+    limit: int | None = None,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Summary:
+    """Measure the pixels of all images that have no row in ``measure``, or no pixel hash.
+
+    Args:
+        jobs: Processes; by default one a core.
+        limit: At most so many images.
+        progress: Called with (images done, images to do).
+        say: Called with a line when something is being waited for.
+
+    A file that cannot be decoded gets a flag, FILE-UNREADABLE, and is left alone until that is closed. One that is not there, may not be
+    opened, is not what was catalogued or needs a decoder that is not installed is tried again the next time (`Summary.left`).
+
+    Raises:
+        CatalogError: If the database refuses, or no process can be started.
+    """
+    begun = time.monotonic()
+    summary = Summary()
+    try:
+        with database.connect(application_name="catalog measure") as conn:
+            conn.execute(STAGED)
+            todo = conn.execute(COUNT, {"after": 0}).fetchone()
+            conn.commit()
+            assert todo is not None
+            total = todo[0] if limit is None else min(limit, todo[0])
+            with contextlib.closing(_outcomes(_tasks(conn, total), total, jobs)) as outcomes:
+                batch: list[Outcome] = []
+                written = time.monotonic()
+                for done, outcome in enumerate(outcomes, 1):
+                    batch.append(outcome)
+                    if done % IMAGES_PER_TASK == 0:
+                        progress(done, total)
+                    if len(batch) == IMAGES_PER_COMMIT or time.monotonic() - written > SECONDS_PER_COMMIT:
+                        _write(conn, batch, summary, say)
+                        batch, written = [], time.monotonic()
+                if batch:
+                    _write(conn, batch, summary, say)
+                    progress(total, total)
+            if summary.measured:
+                conn.execute("ANALYZE measure, image, instance")  # an embedded server is seldom up long enough for autovacuum
+            counts = conn.execute("SELECT (SELECT count(*) FROM image), (SELECT count(*) FROM measure)").fetchone()
+            assert counts is not None
+            summary.images, summary.not_measured = counts[0], counts[0] - counts[1]
+            conn.commit()
+    except psycopg.Error as error:
+        raise explain(error, database) from error
+    summary.seconds = round(time.monotonic() - begun, 3)
+    return summary
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def _tasks(conn: psycopg.Connection[Any], total: int) -> Iterator[list[Item]]:
+    """Yield what is to be measured, in the order in which it was ingested, so that images of one file come together."""
+    after = 0
+    while total > 0:
+        items = [Item._make(row) for row in conn.execute(PAGE, {"after": after}, binary=True).fetchmany(total)]
+        conn.commit()
+        if not items:
+            return
+        for start in range(0, len(items), IMAGES_PER_TASK):
+            yield items[start : start + IMAGES_PER_TASK]
+        total -= len(items)
+        after = items[-1].image_id
+
+
+def _write(conn: psycopg.Connection[Any], batch: Sequence[Outcome], summary: Summary, say: Callable[[str], None]) -> None:
+    _keep_ingests_out(conn, sorted({outcome.item.root_id for outcome in batch}), say)
+    measured = [outcome for outcome in batch if isinstance(outcome, Measured)]
+    if measured:
+        with conn.cursor().copy("COPY measured FROM STDIN") as copy:
+            for one in measured:
+                copy.write_row((one.item.image_id, one.item.file_id, one.item.size, one.item.mtime_ns, one.pixel_hash, *one.statistics))
+        if outdated := conn.execute(OUTDATED).rowcount:
+            _count(summary, *CHANGED, outdated)
+        summary.measured += len(measured) - outdated
+        conn.execute(MEASURE)
+        # Asked first: even an UPDATE of no row counts as a change of the catalog, for which a daemon plans its next epoch again.
+        if any(one.pixel_hash is not None for one in measured):
+            hashed = conn.execute(HASH).fetchall()
+            summary.hashed += len(hashed)
+            touched = {"images": [image_id for image_id, _ in hashed], "instances": list({instance_id for _, instance_id in hashed})}
+            conn.execute(CONTENT, touched)
+            if keyed := conn.execute(KEYED_BY_PIXELS, touched).fetchall():
+                images.settle(conn, 0, [], [image_id for (image_id,) in keyed])
+    unreadable: dict[int, Left] = {}
+    for outcome in batch:
+        if isinstance(outcome, Left):
+            if outcome.code in NOT_THE_FILE:
+                _count(summary, outcome.code, outcome.message)
+            else:
+                unreadable.setdefault(outcome.item.file_id, outcome)
+    for file_id, left in unreadable.items():
+        item = left.item
+        summary.flagged += conn.execute(FLAG, [f"{left.code}: {left.message}", file_id, item.size, item.mtime_ns]).rowcount
+    conn.commit()
+
+
+def _count(summary: Summary, code: str, message: str, count: int = 1) -> None:
+    summary.left[f"{code}: {message}"] = summary.left.get(f"{code}: {message}", 0) + count
+
+
+def _keep_ingests_out(conn: psycopg.Connection[Any], root_ids: list[int], say: Callable[[str], None]) -> None:
+    """Take, until the transaction ends, the lock under which ingest writes these roots: both change rows of images."""
+    for root_id in root_ids:
+        if conn.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", [LOCK_CLASS, root_id]).fetchone() != (True,):
+            say("an ingest of this root is running; waiting for it")
+            conn.execute("SELECT pg_advisory_xact_lock(%s, %s)", [LOCK_CLASS, root_id])
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def _outcomes(tasks: Iterator[list[Item]], total: int, jobs: int | None) -> Generator[Outcome]:
+    """Yield an outcome an image, in no order. A process that dies takes nothing with it but the file that kills it."""
+    running: dict[Future[list[Outcome]], list[Item]] = {}
+    task = next(tasks, None)
+    while task is not None:
+        with _processes(jobs, total) as pool:
+            try:
+                while task is not None or running:
+                    while task is not None and len(running) < TASKS_AT_ONCE:
+                        running[_submit(pool, task)] = task
+                        task = next(tasks, None)
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        found = future.result()
+                        del running[future]
+                        yield from found
+            except BrokenExecutor:
+                pass  # below, and then the rest in new ones
+        while running:
+            yield from _apart(running.popitem()[1])
+
+
+def _apart(items: list[Item]) -> Iterator[Outcome]:
+    """After a process died: in one of its own and by halves, until the image that kills it is found."""
+    with _processes(1, 1) as alone:
+        try:
+            found = _submit(alone, items).result()
+        except BrokenExecutor:
+            found = None
+    if found is not None:
+        yield from found
+    elif len(items) > 1:
+        yield from _apart(items[: len(items) // 2])
+        yield from _apart(items[len(items) // 2 :])
+    else:
+        with _processes(1, 1) as alone:
+            try:
+                _submit(alone, []).result()
+            except BrokenExecutor:
+                raise CatalogError("no process can be started, so nothing was measured; see the error above") from None
+        yield Left(items[0], "reader-died", "the process that decoded it died; look at it with another program")
+
+
+def _submit(pool: Executor, items: list[Item]) -> Future[list[Outcome]]:
+    """Hand images to a process. One that starts now inherits that Ctrl-C is for the writer alone, from its first line on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return pool.submit(measure_images, items)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(measure_images, items)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def measure_images(items: Sequence[Item]) -> list[Outcome]:
+    """Measure some images. Runs in a process of its own."""
+    scratch = np.empty(max((item.length or 0 for item in items), default=0), np.uint8)
+    return [outcome for _, group in groupby(items, lambda item: item.file_id) for outcome in _measure_file(list(group), scratch)]
+
+
+def _measure_file(items: list[Item], scratch: npt.NDArray[np.uint8]) -> list[Outcome]:
+    """Measure images of one file; `scratch` has room for each that is read by offset."""
+    first = items[0]
+    path = Path(first.root, first.path)
+    opened: list[int] = []
+    found: list[Outcome] = []
+    try:
+        opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if _changed(opened[0], first):
+            return [Left(item, *CHANGED) for item in items]
+        if first.coding:
+            from catalog import cache
+
+            opened.append(cache.decompressed(path, first.coding, first.size, first.mtime_ns))
+        for item in items:
+            if item.dtype is None:
+                found.append(_decoded(item, path))
+            else:
+                stored = _by_offset(item, opened[-1], scratch)
+                found.append(Measured(item, _hash(stored) if item.to_hash else None, statistics(stored, item.slope, item.intercept)))
+        if _changed(opened[0], first):
+            return [Left(item, *CHANGED) for item in items]
+    except OSError as error:
+        if opened and not isinstance(error, FileNotFoundError):
+            return _left(items, found, "unreadable", f"{error.strerror} while its pixels were read")
+        return _left(items, found, "missing", f"{error.strerror}; give read access, or run `catalog ingest` on its root again")
+    except FileError as error:
+        return _left(items, found, error.code, str(error))
+    except CatalogError:
+        raise  # a setting of this machine that cannot be right
+    except Exception as error:  # one file of a million must not stop the others; the text could hold a value of its header
+        return _left(items, found, "reader-failed", f"decoding it failed with {type(error).__name__}")
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    return found
+
+
+def _left(items: list[Item], found: list[Outcome], code: str, message: str) -> list[Outcome]:
+    # What damages one frame is seldom alone in its file, and the flag is the file's.
+    return [*found, *(Left(item, code, message) for item in items[len(found) :])]
+
+
+def _changed(descriptor: int, item: Item) -> bool:
+    status = os.fstat(descriptor)
+    return (status.st_size, status.st_mtime_ns) != (item.size, item.mtime_ns)
+
+
+def _by_offset(item: Item, descriptor: int, scratch: npt.NDArray[np.uint8]) -> Array:
+    """Return an image's stored values, flat, in `scratch`."""
+    assert item.offset is not None and item.length is not None and item.dtype is not None
+    values = scratch[: item.length].view(item.dtype)
+    if (
+        values.size != item.rows * item.columns * item.samples
+        or os.preadv(descriptor, [scratch[: item.length].data], item.offset) != item.length
+    ):
+        raise FileError("truncated", "there are fewer pixels than were catalogued; run `catalog ingest` on its root again")
+    if item.bits_stored is not None:  # PS3.5 8.1.1: what lies above is no part of the value
+        values <<= 8 * values.itemsize - item.bits_stored
+        values >>= 8 * values.itemsize - item.bits_stored
+    return values
+
+
+def _decoded(item: Item, path: Path) -> Measured:
+    from catalog import dicom, raster
+
+    stored: Array | None = None
+    if item.to_hash or not item.modality_lut:
+        stored = (raster if item.format == "raster" else dicom).decode_frame(path, item.frame)
+        if stored.size != item.rows * item.columns * item.samples:
+            raise FileError("shape", f"decodes to {'×'.join(map(str, stored.shape))}, not to the catalogued {item.rows}×{item.columns}")
+    found = statistics(dicom.decode_values(path, item.frame)) if item.modality_lut else None
+    if found is None:
+        assert stored is not None
+        found = statistics(stored, item.slope, item.intercept)
+    return Measured(item, _hash(stored) if item.to_hash and stored is not None else None, found)
+
+
+def _hash(stored: Array) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(stored, stored.dtype.newbyteorder("<")).data).digest()
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+def statistics(stored: Array, slope: float = 1.0, intercept: float = 0.0) -> Statistics:
+    """Return what the values float64(stored) * slope + intercept are like; of several samples a pixel, all of them.
+
+    Values that are not finite are left out. The histogram's bins are equal: (value - minimum) * 256 // (maximum - minimum), the maximum
+    in the last one.
+    """
+    flat = stored.reshape(-1)
+    with np.errstate(all="ignore"):
+        if flat.dtype.kind in "iu" and flat.dtype.itemsize <= 4:
+            first, last = int(flat.min()), int(flat.max())
+            if last - first < MOST_LEVELS:
+                return _of_levels(flat, first, last, slope, intercept)
+        return _of_values(flat.astype(np.float64) * slope + intercept)
+
+
+def _of_levels(flat: Array, first: int, last: int, slope: float, intercept: float) -> Statistics:
+    """For whole numbers: everything follows from how often each occurs, and np.bincount counts 65,536 in 80 µs."""
+    levels = flat.astype(np.intp)
+    levels -= first
+    every = np.bincount(levels)
+    present = np.flatnonzero(every)
+    counts = every[present]
+    values = (present + first).astype(np.float64) * slope + intercept
+    if not (np.isfinite(values[0]) and np.isfinite(values[-1])):
+        return _of_values(flat.astype(np.float64) * slope + intercept)
+    if slope < 0:
+        present, counts, values = last - first - present[::-1], counts[::-1], values[::-1]
+    if values[0] == values[-1]:
+        return Statistics(float(values[0]), float(values[0]), float(values[0]), 0.0, 0.0, 1.0, 0)
+    mean = float(counts @ values) / flat.size
+    deviation = float(np.sqrt(counts @ (values - mean) ** 2 / flat.size))
+    bins = np.bincount(np.minimum(present * BINS // (last - first), BINS - 1), weights=counts)
+    return Statistics(
+        float(values[0]), float(values[-1]), mean, deviation, _entropy(bins), float(counts[-1]) / flat.size, 0
+    )  # fmt: skip
+
+
+def _of_values(values: npt.NDArray[np.float64]) -> Statistics:
+    finite = values[np.isfinite(values)]
+    nans = values.size - finite.size
+    if not finite.size:
+        return Statistics(np.nan, np.nan, np.nan, np.nan, 0.0, 0.0, nans)
+    first, last = float(finite.min()), float(finite.max())
+    mean, deviation = float(finite.mean()), float(finite.std())
+    if first == last:
+        return Statistics(first, last, first, 0.0, 0.0, 1.0, nans)
+    at = (finite / 2 - first / 2) / (last / 2 - first / 2) * BINS  # halves: the difference of two numbers can be too large for one
+    bins = np.bincount(np.minimum(at.astype(np.intp), BINS - 1), minlength=BINS)
+    return Statistics(first, last, mean, deviation, _entropy(bins), float(np.count_nonzero(finite == last)) / finite.size, nans)
+
+
+def _entropy(bins: Array) -> float:
+    shares = bins[bins > 0] / bins.sum()
+    return float(-(shares @ np.log2(shares))) + 0.0
