@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 
 from catalog import images, pairings
-from catalog.reading import Read, Refused
+from catalog.reading import Read, Refused, Result
 
 STAGED = """
 CREATE TEMP TABLE IF NOT EXISTS staged_file (
@@ -27,12 +27,13 @@ ON CONFLICT (root_id, path) DO UPDATE SET kind = excluded.kind, format = exclude
 """
 
 
-def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, results: Sequence[Read | Refused]) -> None:
-    """Write the rows of files that were read, or could not be, and close what was found about them before."""
+def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, results: Sequence[Result]) -> None:
+    """Write the rows of files that were read, could not be, or hold nothing of use, and close what was found about them before."""
     with conn.cursor().copy("COPY staged_file FROM STDIN") as copy:
         for result in results:
             entry = result.entry
-            state, content_hash = ("present", result.content_hash) if isinstance(result, Read) else ("unreadable", None)
+            state = "unreadable" if isinstance(result, Refused) else "present"
+            content_hash = result.content_hash if isinstance(result, Read) else None
             copy.write_row((entry.path, result.kind, result.format, entry.size, entry.mtime_ns, state, content_hash))
     conn.execute(WRITE, {"root": root_id, "run": run_id})
     images.close_file_flags(conn, root_id, [result.entry.path for result in results])

@@ -202,6 +202,16 @@ def _hashes(path: str) -> tuple[bytes, list[bytes]]:
     return hashlib.sha256(b"".join(hashes)).digest(), hashes
 
 
+def unplace(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str]) -> None:
+    """These files hold no image any more, if they did: what was in them stays, without a place."""
+    gone = conn.execute(
+        "DELETE FROM location l USING file f WHERE l.file_id = f.id AND f.root_id = %s AND f.path = ANY(%s) RETURNING l.image_id",
+        [root_id, list(paths)],
+    ).fetchall()
+    if gone:
+        settle(conn, root_id, (), [image_id for (image_id,) in gone])
+
+
 def close_file_flags(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], reason: str = "the file was read again") -> None:
     """Close what was found about these files when they were last read, by an ingest or at feed time.
 

@@ -33,10 +33,12 @@ LOCK_CLASS = 0x5CA9  # advisory lock (LOCK_CLASS, root id): one ingest a root at
 
 LAST_RUN = "SELECT id, state FROM ingest_run WHERE root_id = %s ORDER BY id DESC LIMIT 1"
 
-# Files that could not be read are tried again at every ingest, since a right given changes neither size nor time.
+# Files that could not be read are tried again where neither their size nor their time must change for it: a right was given, a decoder
+# installed, a disk came back. What is damaged is read again once it changes, or by `catalog runs retry`.
 UNREADABLE = """
 SELECT f.path, g.detail FROM flag g JOIN file f ON f.id = g.file_id
-WHERE f.root_id = %s AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE')
+WHERE f.root_id = %(root)s AND g.state = 'open' AND (g.rule = 'FEED-UNREADABLE' OR g.rule = 'FILE-UNREADABLE' AND (
+    %(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died', 'reader-failed', 'cache-full')))
 """
 
 # What ingests found and what is still so, whenever it was found; what is wrong with the tree itself comes from the tree.
@@ -116,6 +118,7 @@ def ingest(
     options: Mapping[str, Any] = MappingProxyType({}),
     name: str | None = None,
     hashing: Hashing | None = None,
+    retry: bool = False,
     jobs: int | None = None,
     executor: Executor | None = None,
     at_once: int = TASKS_AT_ONCE,
@@ -131,6 +134,7 @@ def ingest(
         hashing: ``full`` (for a folder) hashes pixels and files; ``head`` the first 64 KiB of each file, no pixels; ``none`` (for a URL,
             whose objects would be fetched whole) nothing. Without pixel hashes `catalog measure` makes them later; files of one UID are
             compared all the same.
+        retry: Read everything again that could not be read, also what is damaged and did not change.
         jobs: Reading processes; by default one a core.
         executor: Where files are read instead of `jobs` processes of this machine; `at_once` tasks are in flight.
         progress: Called with (files read, files to read).
@@ -158,7 +162,7 @@ def ingest(
             with Run(conn, root_id, layout, found, hashing) as run:
                 wanted: dict[str, Image | Annotation] = {item.entry.path: item for item in found.images}
                 wanted |= {item.entry.path: item for item in found.annotations}
-                todo, gone = _differing(conn, run, wanted)
+                todo, gone = _differing(conn, run, wanted, again=retry)
                 with contextlib.closing(
                     read_all(str(folder), todo, hashing=hashing, jobs=jobs, executor=executor, at_once=at_once, progress=progress)
                 ) as results:
@@ -241,11 +245,11 @@ class Run:
 
 
 def _differing(
-    conn: psycopg.Connection[Any], run: Run, wanted: Mapping[str, Image | Annotation]
+    conn: psycopg.Connection[Any], run: Run, wanted: Mapping[str, Image | Annotation], *, again: bool
 ) -> tuple[list[Image | Annotation], dict[int, list[str]]]:
     """Return what is new or changed and must be read, and by size the paths of files that are not there any more."""
     rows = conn.execute("SELECT path, size, mtime_ns, state FROM file WHERE root_id = %s", [run.root_id], binary=True)
-    unreadable = dict(conn.execute(UNREADABLE, [run.root_id]).fetchall())
+    unreadable = dict(conn.execute(UNREADABLE, {"root": run.root_id, "all": again}).fetchall())
     gone: dict[int, list[str]] = {}
     same = set()
     for path, size, mtime_ns, state in rows:
@@ -350,6 +354,13 @@ def _write(conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], f
         if with_rows := [result for result in read if result.rows]:
             images.write(conn, run.root_id, folder, with_rows)
         pairings.write(conn, run.id, run.root_id, read)
+    for file in read:
+        if file.left_out:
+            conn.execute(
+                "INSERT INTO flag (rule, severity, detail, file_id, raised_by) SELECT 'FILE-LEFT-OUT', 'info', %s, id, 'ingest' "
+                "FROM file WHERE root_id = %s AND path = %s ON CONFLICT DO NOTHING",
+                ["; ".join(file.left_out)[:2_000], run.root_id, file.entry.path],
+            )
     for result in refused:
         conn.execute(
             "INSERT INTO flag (rule, severity, detail, file_id, raised_by) "
@@ -362,12 +373,9 @@ def _write(conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], f
         images.settle(conn, run.root_id, paths)
         pairings.retire(conn, run.root_id, paths)
     # Perhaps there was an image in it once.
-    if unfit := [result.entry.path for result in results if isinstance(result, NotPart)]:
-        known = conn.execute(
-            "SELECT path FROM file WHERE root_id = %s AND path = ANY(%s) AND state <> 'missing'", [run.root_id, unfit]
-        ).fetchall()
-        if known:
-            files.mark_missing(conn, run.id, run.root_id, [path for (path,) in known])
+    if unfit := [result for result in results if isinstance(result, NotPart)]:
+        files.write(conn, run.id, run.root_id, unfit)
+        images.unplace(conn, run.root_id, [result.entry.path for result in unfit])
 
 
 def _write_originals(conn: psycopg.Connection[Any], found: Found) -> None:

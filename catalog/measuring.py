@@ -301,29 +301,33 @@ def _outcomes(tasks: Iterator[list[Item]], total: int, jobs: int | None) -> Gene
                         yield from found
             except BrokenExecutor:
                 pass  # below, and then the rest in new ones
-        while running:
-            yield from _apart(running.popitem()[1])
+        yield from _apart(list(running.values()))
+        running.clear()
 
 
-def _apart(items: list[Item]) -> Iterator[Outcome]:
-    """After a process died: in one of its own and by halves, until the image that kills it is found."""
-    with _processes(1, 1) as alone:
-        try:
-            found = _submit(alone, items).result()
-        except BrokenExecutor:
-            found = None
-    if found is not None:
-        yield from found
-    elif len(items) > 1:
-        yield from _apart(items[: len(items) // 2])
-        yield from _apart(items[len(items) // 2 :])
-    else:
+def _apart(tasks: list[list[Item]]) -> Iterator[Outcome]:
+    """After a process died: one task at a time, and by halves what it dies of, until the image is found that kills it."""
+    while tasks:
         with _processes(1, 1) as alone:
             try:
-                _submit(alone, []).result()
+                while tasks:
+                    found = _submit(alone, tasks[-1]).result()
+                    tasks.pop()
+                    yield from found
             except BrokenExecutor:
-                raise CatalogError("no process can be started, so nothing was measured; see the error above") from None
-        yield Left(items[0], "reader-died", "the process that decoded it died; look at it with another program")
+                pass
+        if tasks:
+            items = tasks.pop()
+            half = len(items) // 2
+            if half:
+                tasks += [items[half:], items[:half]]
+            else:
+                with _processes(1, 1) as alone:
+                    try:
+                        _submit(alone, []).result()
+                    except BrokenExecutor:
+                        raise CatalogError("no process can be started, so nothing is measured; see the error above") from None
+                yield Left(items[0], "reader-died", "the process that decoded it died; look at it with another program")
 
 
 def _submit(pool: Executor, items: list[Item]) -> Future[list[Outcome]]:

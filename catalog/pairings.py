@@ -64,12 +64,14 @@ WITH drawn AS (
     UNION
     SELECT d.annotation_id, i.id, 3, 'uid'
     FROM drawn d JOIN instance n ON n.sop_instance_uid = d.refers_to ->> 'sop_instance_uid' AND n.sop_instance_uid <> ''
-    JOIN image i ON i.instance_id = n.id AND i.frame = coalesce((d.refers_to ->> 'frame')::integer, 0)
+    JOIN image i ON i.instance_id = n.id AND CASE
+        WHEN d.refers_to ? 'frame' THEN i.frame = (d.refers_to ->> 'frame')::integer
+        WHEN n.number_of_frames = 1 OR jsonb_typeof(d.refers_to #> '{{plane,position}}') <> 'array' THEN true
+        ELSE abs(plane_distance(numbers(d.refers_to #> '{{plane,position}}'), i.image_position, i.image_orientation)) <= {PLANE_MM} END
     WHERE EXISTS (SELECT FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id AND f.state = 'present')
 ), plane AS MATERIALIZED (
-    SELECT d.annotation_id, ARRAY(SELECT jsonb_array_elements_text(p -> 'position')::float8) AS position,
-           CASE WHEN jsonb_typeof(p -> 'orientation') = 'array'
-                THEN ARRAY(SELECT jsonb_array_elements_text(p -> 'orientation')::float8) END AS orientation,
+    SELECT d.annotation_id, numbers(p -> 'position') AS position, numbers(p -> 'orientation') AS orientation,
+           numbers(p -> 'normal') AS normal, numbers(p -> 'spacing') AS spacing,
            coalesce(p ->> 'series_instance_uid', '') AS series, coalesce(p ->> 'study_instance_uid', '') AS study,
            coalesce(p ->> 'frame_of_reference_uid', '') AS reference, (p ->> 'rows')::integer AS rows, (p ->> 'columns')::integer AS columns
     FROM drawn d CROSS JOIN LATERAL (SELECT d.refers_to -> 'plane' AS p) q
@@ -90,8 +92,11 @@ WITH drawn AS (
     WHERE (p.reference = '' OR n.frame_of_reference_uid IN ('', p.reference) OR NOT EXISTS (
           SELECT FROM instance x WHERE x.series_id = n.series_id AND x.frame_of_reference_uid = n.frame_of_reference_uid AND x.id <> n.id))
       AND abs(plane_distance(p.position, i.image_position, i.image_orientation)) <= {PLANE_MM}
-      AND (p.orientation IS NULL OR same_grid(p.position, p.orientation, i.image_position, i.image_orientation)
-           AND (p.rows IS NULL OR (p.rows, p.columns) = (i.rows, i.columns)))
+      -- 0.999 is 2.6 degrees.
+      AND (p.normal IS NULL OR abs(plane_distance(p.normal, ARRAY[0, 0, 0], i.image_orientation)) >= 0.999)
+      AND (p.orientation IS NULL OR same_grid(p.position, p.orientation, i.image_position, i.image_orientation))
+      AND (p.rows IS NULL OR (p.rows, p.columns) = (i.rows, i.columns))
+      AND (p.spacing IS NULL OR abs(i.row_spacing / p.spacing[1] - 1) <= 0.001 AND abs(i.column_spacing / p.spacing[2] - 1) <= 0.001)
       AND EXISTS (SELECT FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id AND f.state = 'present')
 ), best AS (
     SELECT * FROM (SELECT *, rank() OVER (PARTITION BY annotation_id ORDER BY turn) AS place FROM found) AS ranked WHERE place = 1

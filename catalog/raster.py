@@ -261,7 +261,7 @@ def _opened(path: Path, *, masks: int = 1, first: int | None = None) -> Iterator
         raise FileError("unreadable", "its pixels take more memory than there is") from None
     except Exception as error:  # Pillow raises anything from SyntaxError to struct.error
         if isinstance(error, OSError) and error.errno is not None:
-            raise FileError("unreadable", f"{error.strerror}; give read access, then ingest again") from None
+            raise FileError("no-access", f"{error.strerror}; give read access, then ingest again") from None
         raise FileError("unreadable", f"its pixels cannot be decoded ({type(error).__name__}): it is cut off or damaged") from None
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from catalog import contours, dicom, header, pixels, remote
+from catalog import contours, dicom, header, pixels, remote, rtstruct, seg
 from catalog.errors import FileError
 from catalog.layouts import Annotation, Entry, Image, custom
 from catalog.records import Drawn, Frame, Instance, polygon
@@ -40,7 +40,7 @@ Hashing = Literal["full", "head", "none"]
 
 # What reads a file: the module that has `read_images` or `read_annotations`. "module:function" is a reader of the user's own.
 FORMATS = {
-    "dicom": "dicom", "rtstruct": "rtstruct", "seg": "seg", "nifti": "nifti", "idx": "idx", "raster": "raster",
+    "dicom": "dicom", "nifti": "nifti", "idx": "idx", "raster": "raster",
     "table-label": "layouts.table",
 }  # fmt: skip
 # SOP classes (PS3.4 B.5) of objects that hold annotations and no image.
@@ -73,6 +73,7 @@ class Read:
     drawn: list[Drawn] = field(default_factory=list)
     other_patient: bool = False
     fell_back: bool = False
+    left_out: list[str] = field(default_factory=list)  # of what it holds, what can be no annotation
 
     @property
     def kind(self) -> str:
@@ -82,9 +83,11 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class NotPart:
-    """A file that turned out to be no part of the layout."""
+    """A file that turned out to be no part of the layout. It has a row, so that it is not opened again as long as it does not change."""
 
     entry: Entry
+    kind: str = "other"
+    format: str = "none"
 
 
 Result = Read | Refused | NotPart
@@ -243,15 +246,19 @@ def _read_local(path: Path, item: Image, hashing: Hashing) -> Read:
     fell_back = False
     content_hash: bytes | None = None
     drawn: list[Drawn] = []
+    left_out: list[str] = []
     if item.format == "dicom":
         found, fell_back, content_hash = _read_dicom(path, item.entry, hashing)
         if (holds := ANNOTATIONS.get(found.sop_class_uid)) is not None:
-            drawn = _reader(holds, "read_annotations")(path, item.options)
+            drawn = (
+                rtstruct.read_annotations(path, item.options, left_out) if holds == "rtstruct" else seg.read_annotations(path, item.options)
+            )
             found = replace(found, frames=())
     else:
         found = _reader(item.format, "read_images")(path, item.options)
         found = replace(found, series_instance_uid=found.series_instance_uid or item.entry.path)
-    return _as_read(item, found, content_hash or _content_hash(path, item.entry, hashing), drawn, fell_back=fell_back)
+    read = _as_read(item, found, content_hash or _content_hash(path, item.entry, hashing), drawn, fell_back=fell_back)
+    return replace(read, left_out=left_out)
 
 
 def _as_read(item: Image, found: Instance, content_hash: bytes | None, drawn: list[Drawn], *, fell_back: bool) -> Read:
@@ -280,7 +287,7 @@ def _read_dicom(path: Path, entry: Entry, hashing: Hashing) -> tuple[Instance, b
                 if found is not None and (hashed := _hashed(found, data)) is not None:
                     return hashed, False, content_hash
     except OSError as error:
-        raise FileError("unreadable", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+        raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
     return dicom.read_instance(path, hash_pixels=hashing == "full"), True, content_hash
 
 
@@ -355,7 +362,7 @@ def _read_contour(path: Path, item: Annotation) -> Drawn:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FileError("unreadable", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+        raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
     outline = polygon([contours.read_points(data)])
     return Drawn("", item.structure, item.reader, "polygon", item.refers_to, polygon=outline, convention=item.convention)
 
@@ -369,7 +376,7 @@ def _content_hash(path: Path, entry: Entry, hashing: Hashing) -> bytes | None:
                 return hashlib.file_digest(file, "sha256").digest()
             return hashlib.sha256(entry.size.to_bytes(8, "little") + (file.read(HEAD) or b"")).digest()
     except OSError as error:
-        raise FileError("unreadable", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+        raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
 
 
 def _text(value: str) -> str:

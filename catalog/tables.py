@@ -110,7 +110,7 @@ file = Table(
     _ref("root_id", "root", "The storage place.", index=False),
     Column("path", Text, nullable=False, comment="Relative to the root, with / between folders."),
     Column("kind", Text, nullable=False, comment="What it holds: image, annotation, or other (a plan, a report)."),
-    Column("format", Text, nullable=False, server_default="dicom", comment="What reads it: dicom, contour, nifti, idx, raster, …"),
+    Column("format", Text, nullable=False, server_default="dicom", comment="What reads it: dicom, contour, nifti, idx, raster, …; none: nothing."),
     Column("size", BigInteger, nullable=False, comment="Bytes, as catalogued."),
     Column("mtime_ns", BigInteger, nullable=False, comment="Modification time as catalogued, ns since 1970."),
     Column("state", Text, nullable=False, server_default="present", comment="present, missing (was there once) or unreadable."),

@@ -903,7 +903,7 @@ def damaged_headers(folder, count, seed):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
         path.write_bytes(mutant(random, *found[number % len(found)]))
-        begun = time.perf_counter()
+        begun = time.process_time()  # the machine may be busy with something else
         try:
             instance = read_instance(path, hash_pixels=bool(number % 3))
             for frame in instance.frames[:2]:
@@ -912,7 +912,7 @@ def damaged_headers(folder, count, seed):
             refused += 1
             assert "\n" not in str(error)
             assert SECRET not in str(error)
-        longest = max(longest, time.perf_counter() - begun)
+        longest = max(longest, time.process_time() - begun)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB more at the most than before"
     return refused, longest
 

@@ -74,15 +74,15 @@ def test_stopped_and_gone_on(three: Path, new_database: Callable[..., str], take
     expected = take_in(straight, three)
     monkeypatch.setattr(ingest, "FILES_PER_COMMIT", 20)
 
-    class Stop(Exception):
+    class StopHereError(Exception):
         pass
 
     def stop(done: int, total: int) -> None:
         if done > 40:
-            raise Stop
+            raise StopHereError
 
     for _ in range(2):
-        with pytest.raises(Stop):
+        with pytest.raises(StopHereError):
             take_in(stopped, three, progress=stop)
     assert take_in(stopped, three) == expected
 

@@ -54,15 +54,11 @@ def same_as_the_layout(root: Path, content: str) -> Found:
     return found
 
 
-def test_the_real_studies(sunnybrook: Path) -> None:
+def test_the_real_studies(sunnybrook: Path, tmp_path: Path) -> None:
     """The Sunnybrook studies read by the docstring's pattern give the layout's 500 images, 54 contours and their candidates."""
-    root = sunnybrook
-    expected = sunnybrook_layout.read(Tree(root), {})
-    rules = root.parent / "names.toml"
-    tree = Tree(root)
-    tree_read = tree.read
-    tree.read = lambda path, limit: SUNNYBROOK.encode() if path == str(rules) else tree_read(path, limit)  # type: ignore[method-assign]
-    found = pattern.read(tree, {"pattern": str(rules)})
+    expected = sunnybrook_layout.read(Tree(sunnybrook), {})
+    (tmp_path / "names.toml").write_text(SUNNYBROOK)
+    found = pattern.read(Tree(sunnybrook), {"pattern": str(tmp_path / "names.toml")})
     assert (len(found.images), len(found.annotations), found.problems) == (500, 54, [])
     assert found.images == expected.images
     assert [replace(drawn, folder=f"dicoms/{drawn.candidates[0].split('/')[1]}") for drawn in found.annotations] == expected.annotations

@@ -55,7 +55,7 @@ from typing import Any, Literal, NamedTuple
 from catalog.errors import FileError, UsageError
 from catalog.layouts import Annotation, Entry, Found, Image, Problem, Tree
 from catalog.layouts.sunnybrook import read_link
-from catalog.layouts.table import format_of
+from catalog.layouts.table import format_of, read_named
 from catalog.raster import named_values
 
 SHARED = ("patient", "study", "series", "number")
@@ -242,7 +242,7 @@ def _rules(tree: Tree, path: str) -> list[_Rule]:
     """Return what the file says."""
     name = posixpath.basename(path)
     try:
-        content = tomllib.loads(tree.read(path, PATTERN_BYTES).decode())
+        content = tomllib.loads(read_named(tree, path, PATTERN_BYTES).decode())
     except FileError as error:
         raise UsageError(f"{name}: {error}") from None
     except UnicodeDecodeError:

@@ -87,7 +87,7 @@ def read(tree: Tree, options: Mapping[str, Any]) -> Found:
         found.problems.append(Problem(shown, code, message))
 
     try:
-        data = tree.read(path, TABLE_BYTES)
+        data = read_named(tree, path, TABLE_BYTES)
         named = options.get("columns") or {}
         parquet = data[:4] == b"PAR1"
         records = _of_parquet(data, columns, named) if parquet else _of_csv(data, columns, named, _separator(options, path), refuse)
@@ -130,6 +130,24 @@ def read_annotations(path: Path, options: Mapping[str, Any]) -> list[Drawn]:
             key = hashlib.sha256(key.encode()).hexdigest()
         drawn.append(Drawn(key, row["structure"], row["reader"], "label", refers_to, label=row["label"]))
     return drawn
+
+
+def read_named(tree: Tree, path: str, limit: int) -> bytes:
+    """Return a small file that an option names: below the root, or an absolute path on this machine, wherever the root lies.
+
+    Raises:
+        FileError: If it is over `limit` bytes or cannot be read.
+    """
+    if not posixpath.isabs(path):
+        return tree.read(path, limit)
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise FileError("unreadable", f"{error.strerror}; give read access, then ingest again") from None
+    if len(data) > limit:
+        raise FileError("unreadable", f"is over {limit} bytes, so it is not what its name says")
+    return data
 
 
 def format_of(path: str) -> str:
@@ -269,7 +287,8 @@ def _row(tree: Tree, entries: Mapping[str, Entry], at: str, values: Mapping[str,
                 refuse("table-row", f"{at}: names no image; it is left out")
                 return None
             continue
-        path = _below(tree.root, values[role])
+        # As it stands, for most: taking paths apart is most of the work.
+        path = values[role] if values[role] in entries else _below(tree.root, values[role])
         if path is None:
             refuse("table-path", f"{at}: the {role}'s path is not below the root; it is left out")
             return None

@@ -9,6 +9,13 @@ branch_labels = None
 depends_on = None
 
 
+# A JSON array of numbers; NULL for anything else.
+NUMBERS = """
+CREATE FUNCTION numbers(value jsonb) RETURNS float8[] LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT CASE WHEN jsonb_typeof(value) = 'array' THEN ARRAY(SELECT jsonb_array_elements_text(value)::float8) END
+$$
+"""
+
 # mm from a point to the plane of an image (PS3.3 C.7.6.2.1.1); NULL where the image does not say where it lies.
 PLANE_DISTANCE = """
 CREATE FUNCTION plane_distance(point float8[], origin float8[], axes float8[]) RETURNS float8 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
@@ -38,7 +45,7 @@ def upgrade() -> None:
     add("ingest_run", sa.Column("fell_back", big, server_default="0", nullable=False, comment=fell_back))
     add("ingest_run", sa.Column("undone_at", sa.DateTime(timezone=True), comment="When what it brought was taken out again."))
 
-    what_reads = "What reads it: dicom, contour, nifti, idx, raster, …"
+    what_reads = "What reads it: dicom, contour, nifti, idx, raster, …; none: nothing."
     add("file", sa.Column("format", text, server_default="dicom", nullable=False, comment=what_reads))
     content = "sha256 of its bytes, or of the first 64 KiB and the size (--hash head); NULL: not asked for."
     add("file", sa.Column("content_hash", bytes_, comment=content))
@@ -118,6 +125,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_erasure")),
         comment="A patient whose rows were deleted. Nothing here says who it was.",
     )
+    op.execute(NUMBERS)
     op.execute(PLANE_DISTANCE)
     op.execute(SAME_GRID)
 
