@@ -120,7 +120,7 @@ def runs_retry(
         if dry_run:
             _look(place, layout, {}, as_json)
         else:
-            _ingest(db, place, as_json, layout=layout, hashing=hashing, jobs=jobs)
+            _ingest(db, place, as_json, layout=layout, hashing=hashing, jobs=jobs, retry=True)
 
 
 def _file(path: str | None) -> str | None:

@@ -11,30 +11,35 @@ from typing import Any
 import psycopg
 
 from catalog import images, pairings
+from catalog.layouts import Annotation, Image
 from catalog.reading import Read, Refused, Result
 
 STAGED = """
 CREATE TEMP TABLE IF NOT EXISTS staged_file (
-    path text, kind text, format text, size bigint, mtime_ns bigint, state text, content_hash bytea
+    path text, kind text, format text, size bigint, mtime_ns bigint, state text, read_as bigint, content_hash bytea
 ) ON COMMIT DELETE ROWS
 """
 
 WRITE = """
-INSERT INTO file (root_id, path, kind, format, size, mtime_ns, state, content_hash, ingest_run_id, first_run_id)
-SELECT %(root)s, path, kind, format, size, mtime_ns, state, content_hash, %(run)s, %(run)s FROM staged_file ORDER BY path
+INSERT INTO file (root_id, path, kind, format, size, mtime_ns, state, read_as, content_hash, ingest_run_id, first_run_id)
+SELECT %(root)s, path, kind, format, size, mtime_ns, state, read_as, content_hash, %(run)s, %(run)s FROM staged_file ORDER BY path
 ON CONFLICT (root_id, path) DO UPDATE SET kind = excluded.kind, format = excluded.format, size = excluded.size,
-    mtime_ns = excluded.mtime_ns, state = excluded.state, content_hash = excluded.content_hash, ingest_run_id = excluded.ingest_run_id
+    mtime_ns = excluded.mtime_ns, state = excluded.state, read_as = excluded.read_as, content_hash = excluded.content_hash, ingest_run_id = excluded.ingest_run_id
 """
 
 
-def write(conn: psycopg.Connection[Any], run_id: int, root_id: int, results: Sequence[Result]) -> None:
+def write(
+    conn: psycopg.Connection[Any], run_id: int, root_id: int, results: Sequence[Result], wanted: Mapping[str, Image | Annotation]
+) -> None:
     """Write the rows of files that were read, could not be, or hold nothing of use, and close what was found about them before."""
     with conn.cursor().copy("COPY staged_file FROM STDIN") as copy:
         for result in results:
             entry = result.entry
             state = "unreadable" if isinstance(result, Refused) else "present"
             content_hash = result.content_hash if isinstance(result, Read) else None
-            copy.write_row((entry.path, result.kind, result.format, entry.size, entry.mtime_ns, state, content_hash))
+            copy.write_row(
+                (entry.path, result.kind, result.format, entry.size, entry.mtime_ns, state, wanted[entry.path].read_as, content_hash)
+            )
     conn.execute(WRITE, {"root": root_id, "run": run_id})
     images.close_file_flags(conn, root_id, [result.entry.path for result in results])
 

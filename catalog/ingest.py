@@ -159,6 +159,9 @@ def ingest(
             if _wait_alone(conn, root_id, say):
                 layout, found = find(folder, asked, options)  # again, since the other one may have seen a later state of the tree
             summary = Summary(root=str(folder), layout=layout, chosen=found.chosen, left_over=found.left_over)
+            if not found.images and found.problems and layout in choosing.ASKED:
+                # Else a table that cannot be read would make all of its files missing.
+                raise CatalogError(f"{found.problems[0].path}: {found.problems[0].message}; nothing was changed")
             with Run(conn, root_id, layout, found, hashing) as run:
                 wanted: dict[str, Image | Annotation] = {item.entry.path: item for item in found.images}
                 wanted |= {item.entry.path: item for item in found.annotations}
@@ -166,7 +169,7 @@ def ingest(
                 with contextlib.closing(
                     read_all(str(folder), todo, hashing=hashing, jobs=jobs, executor=executor, at_once=at_once, progress=progress)
                 ) as results:
-                    _ingest(conn, run, found, summary, str(folder), results, gone)
+                    _ingest(conn, run, found, summary, str(folder), wanted, results, gone)
     except psycopg.Error as error:
         raise explain(error, database) from error
     summary.seconds = round(time.monotonic() - begun, 3)
@@ -248,17 +251,21 @@ def _differing(
     conn: psycopg.Connection[Any], run: Run, wanted: Mapping[str, Image | Annotation], *, again: bool
 ) -> tuple[list[Image | Annotation], dict[int, list[str]]]:
     """Return what is new or changed and must be read, and by size the paths of files that are not there any more."""
-    rows = conn.execute("SELECT path, size, mtime_ns, state FROM file WHERE root_id = %s", [run.root_id], binary=True)
+    rows = conn.execute("SELECT path, size, mtime_ns, state, read_as FROM file WHERE root_id = %s", [run.root_id], binary=True)
     unreadable = dict(conn.execute(UNREADABLE, {"root": run.root_id, "all": again}).fetchall())
     gone: dict[int, list[str]] = {}
     same = set()
-    for path, size, mtime_ns, state in rows:
+    for path, size, mtime_ns, state, read_as in rows:
         item = wanted.get(path)
         if item is None:
             if state != "missing":
                 gone.setdefault(size, []).append(path)
         # An unreadable file whose flag a person closed is left in peace until it changes.
-        elif state != "missing" and path not in unreadable and (item.entry.size, item.entry.mtime_ns) == (size, mtime_ns):
+        elif (
+            state != "missing"
+            and path not in unreadable
+            and (item.entry.size, item.entry.mtime_ns, item.read_as) == (size, mtime_ns, read_as)
+        ):
             same.add(path)
     conn.commit()
     run.unreadable = unreadable
@@ -271,6 +278,7 @@ def _ingest(
     found: Found,
     summary: Summary,
     folder: str,
+    wanted: Mapping[str, Image | Annotation],
     results: Iterable[Result],
     gone: dict[int, list[str]],
 ) -> None:
@@ -278,7 +286,7 @@ def _ingest(
     if again or gone:
         run.id  # noqa: B018  a run of its own, also when all that changed is that something is gone
     while batch := list(islice(results, FILES_PER_COMMIT)):
-        _write(conn, run, batch, folder, gone)
+        _write(conn, run, batch, folder, gone, wanted)
         conn.commit()
         run.files_read += sum(not isinstance(result, NotPart) for result in batch)
         run.fell_back += sum(isinstance(result, Read) and result.fell_back for result in batch)
@@ -340,7 +348,14 @@ def _wait_alone(conn: psycopg.Connection[Any], root_id: int, say: Callable[[str]
     return waits
 
 
-def _write(conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], folder: str, gone: dict[int, list[str]]) -> None:
+def _write(
+    conn: psycopg.Connection[Any],
+    run: Run,
+    results: Sequence[Result],
+    folder: str,
+    gone: dict[int, list[str]],
+    wanted: Mapping[str, Image | Annotation],
+) -> None:
     read = [result for result in results if isinstance(result, Read)]
     refused = [
         result
@@ -349,7 +364,7 @@ def _write(conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], f
     ]
     if read or refused:
         run.moved += len(files.moved(conn, run.root_id, gone, read))
-        files.write(conn, run.id, run.root_id, [*read, *refused])
+        files.write(conn, run.id, run.root_id, [*read, *refused], wanted)
     if read:
         if with_rows := [result for result in read if result.rows]:
             images.write(conn, run.root_id, folder, with_rows)
@@ -374,7 +389,7 @@ def _write(conn: psycopg.Connection[Any], run: Run, results: Sequence[Result], f
         pairings.retire(conn, run.root_id, paths)
     # Perhaps there was an image in it once.
     if unfit := [result for result in results if isinstance(result, NotPart)]:
-        files.write(conn, run.id, run.root_id, unfit)
+        files.write(conn, run.id, run.root_id, unfit, wanted)
         images.unplace(conn, run.root_id, [result.entry.path for result in unfit])
 
 

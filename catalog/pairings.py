@@ -60,7 +60,7 @@ WITH drawn AS (
     SELECT d.annotation_id, l.image_id, 2, 'path'
     FROM drawn d JOIN file f ON f.root_id = %(root)s AND f.path = d.refers_to ->> 'path' AND f.state = 'present'
     JOIN location l ON l.file_id = f.id
-    JOIN image i ON i.id = l.image_id AND i.frame = coalesce((d.refers_to ->> 'frame')::integer, 0)
+    JOIN image i ON i.id = l.image_id AND i.frame = coalesce((d.refers_to ->> 'frame')::integer, i.frame)
     UNION
     SELECT d.annotation_id, i.id, 3, 'uid'
     FROM drawn d JOIN instance n ON n.sop_instance_uid = d.refers_to ->> 'sop_instance_uid' AND n.sop_instance_uid <> ''

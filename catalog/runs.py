@@ -144,7 +144,7 @@ AGAINST = {
         SELECT count(*) FROM file f JOIN gone_file g ON g.id = f.id
         WHERE f.ingest_run_id > %(run)s AND f.state <> 'missing' AND f.kind <> 'annotation'""",
     "{} of its annotations have newer versions by later runs; undo these runs first": """
-        SELECT count(*) FROM gone_annotation g JOIN annotation a ON a.id = g.id WHERE EXISTS (
+        SELECT count(*) FROM gone_annotation g JOIN annotation a ON a.id = g.id AND a.ingest_run_id = %(run)s WHERE EXISTS (
             SELECT FROM annotation o WHERE o.file_id = a.file_id AND o.source_key = a.source_key AND o.ingest_run_id > %(run)s)""",
     "{} annotations that later runs brought are paired with its images; undo these runs first": """
         SELECT count(DISTINCT a.id) FROM pairing p JOIN gone_image g ON g.id = p.image_id JOIN annotation a ON a.id = p.annotation_id

@@ -511,6 +511,9 @@ class Stream:
             if code == "root-missing":
                 self._end(f"{where}: sample {sample_id}: {message}; mount it again; nothing was flagged")
                 return
+            if code.startswith("cache-") or code == "no-access":
+                self._end(f"{where}: sample {sample_id}: {message}; nothing was flagged")
+                return
         epoch.unreadable += len(unreadable)
         self.counters.unreadable += len(unreadable)
         if self.definition.on_error != "stop" and epoch.unreadable > UNREADABLE_SHARE * plan.num_samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -50,8 +51,9 @@ def take_in(database_url: str) -> Iterator[TakeIn]:
 @pytest.fixture
 def folder(studies: Path, tmp_path: Path) -> Path:
     """Patients 1 and 2; the third can be put there by `arrive`."""
-    left_out = shutil.ignore_patterns("*0003")
-    shutil.copytree(studies, tmp_path / "arrived", ignore=left_out)
+    shutil.copytree(studies, tmp_path / "arrived", ignore=shutil.ignore_patterns("*0003"))
+    link = tmp_path / "arrived" / "link.csv"
+    link.write_text("".join(link.read_text().splitlines(keepends=True)[:-1]))
     return tmp_path / "arrived"
 
 
@@ -60,6 +62,7 @@ def arrive(studies: Path, folder: Path) -> Callable[[], None]:
     """Put the third patient there."""
 
     def copy() -> None:
+        shutil.copy(studies / "link.csv", folder / "link.csv")
         for part in ("dicoms/SYN0003", "contourfiles/SC-SYN-0003"):
             shutil.copytree(studies / part, folder / part)
 
@@ -85,7 +88,10 @@ def tables(url: str) -> dict[str, digest.Digest]:
         return digest.digest(db)[1]
 
 
-TABLES = "patient study series instance image location file annotation pairing mask measure flag ingest_run ingest_error".split()
+TABLES = (
+    "patient", "study", "series", "instance", "image", "location", "file", "annotation", "pairing", "mask", "measure", "flag", "ingest_run",
+    "ingest_error",
+)  # fmt: skip
 
 
 def rows(conn: psycopg.Connection) -> dict[str, list[tuple[Any, ...]]]:
@@ -147,9 +153,7 @@ def test_retried(folder: Path, take_in: TakeIn, say: Say, conn: psycopg.Connecti
     image(folder, 1).write_bytes(bytes(len(kept)))
     assert take_in(folder, hashing="none", layout="sunnybrook").standing_errors
     image(folder, 1).write_bytes(kept)
-    import os
-
-    os.utime(image(folder, 1), ns=(stat.st_atime_ns, one(conn, "SELECT mtime_ns FROM file WHERE path LIKE '%/SYN0001/1.dcm'")))
+    os.utime(image(folder, 1), ns=(stat.st_atime_ns, one(conn, "SELECT mtime_ns FROM file WHERE path LIKE '%%/SYN0001/1.dcm'")))
     assert json.loads(say("runs", "retry", 1, "--dry-run", "--json"))["layout"] == "sunnybrook"
     summary = json.loads(say("runs", "retry", 1, "--json", "--jobs", 1))
     assert (summary["files_read"], summary["standing_errors"]) == (1, 0)
@@ -212,7 +216,7 @@ def test_what_lies_elsewhere_too_stays(folder: Path, take_in: TakeIn, say: Say, 
     before = tables(database_url)
     shutil.copy(image(folder, 1), folder / "dicoms" / "SYN0001" / "0.dcm")  # sorts first, so it is read from here
     take_in(folder)
-    assert one(conn, "SELECT count(*) FROM location l JOIN file f ON f.id = l.file_id WHERE f.path LIKE '%/0.dcm' AND l.preferred") == 1
+    assert one(conn, "SELECT count(*) FROM location l JOIN file f ON f.id = l.file_id WHERE f.path LIKE '%%/0.dcm' AND l.preferred") == 1
     say("runs", "undo", 2)
     assert tables(database_url) == before
 

@@ -67,7 +67,8 @@ def test_listed(say: Say, conn: psycopg.Connection, root: str, studies: Path) ->
     files = one(conn, "SELECT count(*) FROM file")
     size = one(conn, "SELECT sum(size)::bigint FROM file WHERE state = 'present'")
     assert {name: row[name] for name in ("name", "url", "files", "present", "missing", "unreadable", "bytes", "last_run")} == {
-        "name": root, "url": str(studies), "files": files, "present": files - 3, "missing": 2, "unreadable": 1, "bytes": size, "last_run": 1,
+        "name": root, "url": str(studies), "files": files, "present": files - 3, "missing": 2, "unreadable": 1, "bytes": size,
+        "last_run": 1,
     }  # fmt: skip
     assert str(studies) in say("root", "list")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,13 @@ class Image:
     format: str = "dicom"
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def read_as(self) -> int:
+        """A number that changes when the layout says something else about the file; 0 where it says nothing."""
+        if self.patient is None and not self.options:
+            return 0
+        return zlib.crc32(repr((self.format, self.patient, self.options)).encode(errors="replace"))
+
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
@@ -66,6 +74,12 @@ class Annotation:
     unpaired: str = ""
     format: str = "contour"
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def read_as(self) -> int:
+        """As `Image.read_as`. Which image it belongs to is looked at each time, and no part of it."""
+        said = (self.format, self.structure, self.reader, self.convention, self.refers_to, self.options)
+        return zlib.crc32(repr(said).encode(errors="replace"))
 
 
 @dataclass(frozen=True, slots=True)

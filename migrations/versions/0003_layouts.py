@@ -47,6 +47,8 @@ def upgrade() -> None:
 
     what_reads = "What reads it: dicom, contour, nifti, idx, raster, …; none: nothing."
     add("file", sa.Column("format", text, server_default="dicom", nullable=False, comment=what_reads))
+    said = "CRC-32 of what its layout says about it (patient, structure, options); where that changes it is read again."
+    add("file", sa.Column("read_as", big, server_default="0", nullable=False, comment=said))
     content = "sha256 of its bytes, or of the first 64 KiB and the size (--hash head); NULL: not asked for."
     add("file", sa.Column("content_hash", bytes_, comment=content))
     add("file", sa.Column("instance_id", big, comment="The SOP object in it, if it has no image."))
