@@ -80,10 +80,18 @@ def ingest(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The root's name; by default the folder's.", show_default=False)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Reading processes; by default one a core.", show_default=False)] = None,
+    dask: Annotated[
+        str | None, typer.Option(metavar="SCHEDULER", help="Read on a Dask cluster: tls://…, or one on this machine.", show_default=False)
+    ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Read on the concurrent.futures.Executor that it returns.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be found; touches no database.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Take in what is new or changed below a folder. Exit code 3: some files could not be used; see `catalog errors`."""
+    from catalog.reading import TASKS_AT_ONCE
     from catalog.remote import is_url
 
     options: dict[str, Any] = {
@@ -98,8 +106,14 @@ def ingest(
     if dry_run:
         _look(place, layout, options, as_json)
         return
-    with open_database(database) as db:
-        _ingest(db, place, as_json, layout=layout, options=options, name=name, hashing=hashing and hashing.value, jobs=jobs)
+    from catalog import executors
+
+    with open_database(database) as db, executors.of(dask, executor) as elsewhere:
+        pool, at_once = elsewhere or (None, TASKS_AT_ONCE)
+        _ingest(
+            db, place, as_json, layout=layout, options=options, name=name, hashing=hashing and hashing.value, jobs=jobs, executor=pool,
+            at_once=at_once,
+        )  # fmt: skip
 
 
 @runs_app.command("retry")
@@ -186,6 +200,8 @@ def _ingest(db: Database, place: Path | str, as_json: bool, **how: Any) -> None:
             f"{summary.paired} paired, {summary.proposed} proposed, {summary.unpaired} unpaired; {summary.masks} masks; "
             f"{summary.standing_errors} errors; {summary.files_read} files read in {summary.seconds:.1f} s{rate}"
         )
+        for chosen in summary.chosen:
+            typer.echo(f"  {chosen}")
         if summary.fell_back:
             share = summary.fell_back / max(summary.files_read, 1)
             typer.echo(f"of {summary.fell_back} files ({share:.1%}) pydicom read the header, the others our own reader")

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -18,8 +17,7 @@ from psycopg.rows import dict_row
 from catalog import pairings, roots
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
-from catalog.flags import _person as person
-from catalog.flags import _transaction as transaction
+from catalog.flags import person, transaction
 
 
 class State(StrEnum):
@@ -279,4 +277,4 @@ def _finish(conn: psycopg.Connection[Any], annotation_ids: Iterable[int], dry_ru
     root_ids = [root_id for (root_id,) in rows]
     conn.commit()
     for root_id in root_ids:
-        pairings.make_masks(conn, SimpleNamespace(root_id=root_id))  # type: ignore[arg-type]
+        pairings.make_masks(conn, root_id)

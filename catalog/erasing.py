@@ -11,7 +11,6 @@ again and refuses them. Orders and ledgers of epochs stay: numbers that stand fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -22,11 +21,7 @@ from psycopg.rows import class_row
 from catalog import images, roots
 from catalog.database import Database
 from catalog.errors import CatalogError
-from catalog.flags import SEEN, Seen
-from catalog.flags import _is_text as is_text
-from catalog.flags import _person as person
-from catalog.flags import _transaction as transaction
-from catalog.flags import _written as written
+from catalog.flags import SEEN, Seen, is_text, person, transaction, written
 
 # What goes, for `take_out`: whoever fills these decides.
 GONE = (
@@ -167,26 +162,6 @@ SELECT %(actor)s, %(reason)s, s.salt, sha256(s.salt || convert_to(%(name)s, 'UTF
 FROM (SELECT uuid_send(gen_random_uuid()) AS salt) AS s RETURNING id
 """
 ERASED = "SELECT id, at, actor FROM erasure WHERE patient_sha256 = sha256(salt || convert_to(%s, 'UTF8')) ORDER BY id DESC LIMIT 1"
-
-
-PATIENTS_KNOWN = """
-SELECT p.name FROM unnest(%s::text[]) AS p (name)
-WHERE EXISTS (SELECT FROM erasure e WHERE e.patient_sha256 = sha256(e.salt || convert_to(p.name, 'UTF8')))
-"""
-FILES_KNOWN = """
-SELECT p.path FROM unnest(%(paths)s::text[]) AS p (path) CROSS JOIN erasure e
-WHERE (e.id, sha256(e.salt || convert_to(%(root)s::bigint || '/' || p.path, 'UTF8'))) IN (SELECT id, unnest(file_sha256s) FROM erasure)
-"""
-
-
-def erased_patients(conn: psycopg.Connection[Any], names: Iterable[str]) -> set[str]:
-    """Return which of these patients were erased."""
-    return {name for (name,) in conn.execute(PATIENTS_KNOWN, [list(names)])}
-
-
-def erased_files(conn: psycopg.Connection[Any], root_id: int, paths: Iterable[str]) -> set[str]:
-    """Return which of these files of a root were annotations of a patient who was erased."""
-    return {path for (path,) in conn.execute(FILES_KNOWN, {"root": root_id, "paths": list(paths)})}
 
 
 @dataclass(slots=True)

@@ -24,14 +24,18 @@ WRITE = """
 INSERT INTO file (root_id, path, kind, format, size, mtime_ns, state, read_as, content_hash, ingest_run_id, first_run_id)
 SELECT %(root)s, path, kind, format, size, mtime_ns, state, read_as, content_hash, %(run)s, %(run)s FROM staged_file ORDER BY path
 ON CONFLICT (root_id, path) DO UPDATE SET kind = excluded.kind, format = excluded.format, size = excluded.size,
-    mtime_ns = excluded.mtime_ns, state = excluded.state, read_as = excluded.read_as, content_hash = excluded.content_hash, ingest_run_id = excluded.ingest_run_id
+    mtime_ns = excluded.mtime_ns, state = excluded.state, read_as = excluded.read_as, content_hash = excluded.content_hash,
+    ingest_run_id = excluded.ingest_run_id
 """
 
 
 def write(
     conn: psycopg.Connection[Any], run_id: int, root_id: int, results: Sequence[Result], wanted: Mapping[str, Image | Annotation]
-) -> None:
-    """Write the rows of files that were read, could not be, or hold nothing of use, and close what was found about them before."""
+) -> set[str]:
+    """Write the rows of files that were read, could not be, or hold nothing of use, and close what was found about them before.
+
+    Returns the paths that had no row.
+    """
     with conn.cursor().copy("COPY staged_file FROM STDIN") as copy:
         for result in results:
             entry = result.entry
@@ -40,8 +44,12 @@ def write(
             copy.write_row(
                 (entry.path, result.kind, result.format, entry.size, entry.mtime_ns, state, wanted[entry.path].read_as, content_hash)
             )
+    paths = [result.entry.path for result in results]
+    known = {path for (path,) in conn.execute("SELECT path FROM file WHERE root_id = %s AND path = ANY(%s)", [root_id, paths])}
     conn.execute(WRITE, {"root": root_id, "run": run_id})
-    images.close_file_flags(conn, root_id, [result.entry.path for result in results])
+    if known:
+        images.close_file_flags(conn, root_id, list(known))
+    return set(paths) - known
 
 
 def moved(conn: psycopg.Connection[Any], root_id: int, gone: Mapping[int, list[str]], results: Iterable[Read]) -> dict[str, str]:

@@ -189,13 +189,13 @@ def add(
         raise UsageError("--rule: is a short code in capitals, digits and hyphens, such as BAD-CONTOUR")
     if revoke and severity != Severity.ERROR:
         raise UsageError("--revoke: needs --severity error, since what is revoked is fed no more")
-    detail, actor = _written(detail, "--detail"), _person(actor)
+    detail, actor = written(detail, "--detail"), person(actor)
     kind, colon, name = subject.partition(":")
     if kind not in NAMED_BY or not colon or not name:
         raise UsageError(f"SUBJECT: is KIND:ID, such as sample:17; KIND is one of {', '.join(NAMED_BY)}")
     if NAMED_BY[kind][1] == "id" and not re.fullmatch(r"[0-9]{1,18}", name):
         raise UsageError(f"SUBJECT: a {kind} is named by its number, such as {kind}:17")
-    with _transaction(database, dry_run=dry_run) as conn:
+    with transaction(database, dry_run=dry_run) as conn:
         return _add(conn, _find(conn, kind, name), rule, detail, severity, revoke, actor, dry_run)
 
 
@@ -205,9 +205,9 @@ def withdraw(database: Database, patient: str, *, reason: str = "", actor: str |
     Raises:
         CatalogError: If there is no such patient.
     """
-    detail = "consent withdrawn" + (f": {_written(reason, '--reason')}" if reason else "")
-    actor = _person(actor)
-    with _transaction(database, dry_run=dry_run) as conn:
+    detail = "consent withdrawn" + (f": {written(reason, '--reason')}" if reason else "")
+    actor = person(actor)
+    with transaction(database, dry_run=dry_run) as conn:
         return _add(conn, _find(conn, "patient", patient), WITHDRAWN, detail, Severity.ERROR, True, actor, dry_run)
 
 
@@ -217,8 +217,8 @@ def reinstate(database: Database, patient: str, *, reason: str, actor: str | Non
     Raises:
         CatalogError: If there is no such patient.
     """
-    reason, actor = _written(reason, "--reason"), _person(actor)
-    with _transaction(database, dry_run=dry_run) as conn:
+    reason, actor = written(reason, "--reason"), person(actor)
+    with transaction(database, dry_run=dry_run) as conn:
         found = conn.execute(
             "SELECT id FROM flag WHERE state = 'open' AND rule = %s AND patient_id = ANY(%s)",
             [WITHDRAWN, _find(conn, "patient", patient).ids],
@@ -234,16 +234,16 @@ def close(
     Raises:
         CatalogError: If one of them does not exist.
     """
-    reason, actor = _written(reason, "--reason"), _person(actor)
+    reason, actor = written(reason, "--reason"), person(actor)
     state = "false_positive" if false_positive else "resolved"
-    with _transaction(database, dry_run=dry_run) as conn:
+    with transaction(database, dry_run=dry_run) as conn:
         # In one order, so that two who close the same ones do not wait for each other in a circle.
         return [_close(conn, flag_id, state, reason, actor) for flag_id in sorted(set(ids))]
 
 
 def listed(database: Database, *, rule: str | None = None, state: State = State.OPEN) -> list[dict[str, Any]]:
     """Return flags, oldest first."""
-    with _transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    with transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(LISTED, {"rule": rule, "closed": state == State.ALL}).fetchall()
 
 
@@ -355,7 +355,7 @@ def _find(conn: psycopg.Connection[Any], kind: str, name: str) -> Subject:
     table, column = NAMED_BY[kind]
     number = column == "id"
     query = sql.SQL("SELECT id FROM {} WHERE {} = %s ORDER BY id").format(sql.Identifier(table), sql.Identifier(column))
-    rows = conn.execute(query, [int(name) if number else name]).fetchall() if _is_text(name) else []
+    rows = conn.execute(query, [int(name) if number else name]).fetchall() if is_text(name) else []
     if not rows:
         raise CatalogError(
             f"{f'{kind} {name}: ' if number else ''}no such {kind} in the catalog, so nothing was done; "
@@ -364,21 +364,21 @@ def _find(conn: psycopg.Connection[Any], kind: str, name: str) -> Subject:
     return Subject(kind, [one for (one,) in rows])
 
 
-def _person(actor: str | None) -> str:
-    actor = _written(os_user() if actor is None else actor, "--actor")
+def person(actor: str | None) -> str:
+    actor = written(os_user() if actor is None else actor, "--actor")
     if actor in PROGRAMS:
         raise UsageError(f"--actor: {actor} is the program itself; say who you are")
     return actor
 
 
-def _written(text: str, option: str) -> str:
+def written(text: str, option: str) -> str:
     text = text.strip()
-    if not text or not _is_text(text):
+    if not text or not is_text(text):
         raise UsageError(f"{option}: is {'not UTF-8' if text else 'empty'}, and somebody will want to read it; write it out")
     return text
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
     """Say whether it is UTF-8: other bytes of the command line come as lone surrogates, which PostgreSQL does not take."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
@@ -390,7 +390,7 @@ def _count(conn: psycopg.Connection[Any], query: str, parameters: dict[str, Any]
 
 
 @contextlib.contextmanager
-def _transaction(database: Database, *, dry_run: bool = False) -> Iterator[psycopg.Connection[Any]]:
+def transaction(database: Database, *, dry_run: bool = False) -> Iterator[psycopg.Connection[Any]]:
     """Give a connection of which all is kept or, after an error or in a dry run, nothing."""
     try:
         with database.connect(application_name="catalog flag") as conn:

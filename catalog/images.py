@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import psycopg
@@ -88,11 +89,6 @@ WRITE: tuple[str, ...] = (
         dtype = excluded.dtype, bits_stored = excluded.bits_stored,
         transfer_syntax_uid = excluded.transfer_syntax_uid, coding = excluded.coding
     """,
-    f"""
-    UPDATE file SET instance_id = o.instance_id
-    FROM (SELECT f.id, min(ins.id) FILTER (WHERE s.frame IS NULL) AS instance_id FROM {STAGED_INSTANCES} {STAGED_FILES} GROUP BY f.id) o
-    WHERE file.id = o.id AND file.instance_id IS DISTINCT FROM o.instance_id
-    """,
     """
     INSERT INTO flag (rule, severity, detail, file_id, raised_by)
     SELECT 'PATIENT-DIFFERS', 'warning', 'PatientID (0010,0020) differs from the folder''s name; the folder''s is used', f.id, 'ingest'
@@ -100,6 +96,12 @@ WRITE: tuple[str, ...] = (
     """,
 )
 
+
+OBJECTS = f"""
+UPDATE file SET instance_id = o.instance_id
+FROM (SELECT f.id, min(ins.id) FILTER (WHERE s.frame IS NULL) AS instance_id FROM {STAGED_INSTANCES} {STAGED_FILES} GROUP BY f.id) o
+WHERE file.id = o.id AND file.instance_id IS DISTINCT FROM o.instance_id
+"""
 
 # A header that was corrected in place around the same pixels; of several files with one image, the one it is read from counts.
 CORRECT: tuple[str, ...] = (
@@ -148,7 +150,7 @@ ON CONFLICT DO NOTHING
 UNCOMPARED = """
 SELECT DISTINCT s.path, s.sop_instance_uid FROM staged s
 WHERE s.content_hash IS NULL AND s.frame = 0 AND s.sop_instance_uid <> '' AND (
-    EXISTS (SELECT FROM staged o WHERE o.sop_instance_uid = s.sop_instance_uid AND o.path <> s.path)
+    s.sop_instance_uid IN (SELECT o.sop_instance_uid FROM staged o WHERE o.frame = 0 GROUP BY 1 HAVING count(*) > 1)
     OR EXISTS (SELECT FROM instance n WHERE n.sop_instance_uid = s.sop_instance_uid AND (n.content_hash IS NOT NULL OR EXISTS (
         SELECT FROM image i JOIN location l ON l.image_id = i.id JOIN file f ON f.id = l.file_id
         WHERE i.instance_id = n.id AND (f.root_id, f.path) <> (%(root)s, s.path)))))
@@ -160,17 +162,23 @@ WHERE n.sop_instance_uid = ANY(%s) AND n.content_hash IS NULL ORDER BY n.id, f.i
 """
 
 
-def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequence[Read]) -> None:
-    """Write what these files hold, in the caller's transaction; their own rows are there already."""
+def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequence[Read], new: AbstractSet[str]) -> None:
+    """Write what these files hold, in the caller's transaction; their own rows are there already. `new`: paths that were not before."""
     with conn.cursor().copy("COPY staged FROM STDIN") as copy:
         for file in read:
-            for row in file.rows:
-                copy.write_row(row)
+            copy.write(file.rows)
+    conn.execute("ANALYZE staged")  # else joins of a batch are nested loops over it
     paths = [file.entry.path for file in read]
     parameters = {"root": root_id, "paths": paths, "other": [file.entry.path for file in read if file.other_patient]}
     _compare(conn, root_id, folder)
     for statement in WRITE:
         conn.execute(statement, parameters)
+    fresh = new >= set(paths)
+    if not fresh or any(not file.frames for file in read):
+        conn.execute(OBJECTS, parameters)
+    if fresh:
+        settle(conn, root_id, paths, fresh=True)
+        return
     gone = conn.execute(UNPLACE, parameters).fetchall()
     if gone:
         images, files = zip(*gone, strict=True)
@@ -267,29 +275,42 @@ WITH claims AS (
            EXISTS (SELECT FROM location l JOIN file f ON f.id = l.file_id WHERE l.image_id = i.id AND f.state = 'present') AS there
     FROM instance ins JOIN image i ON i.instance_id = ins.id WHERE ins.sop_instance_uid = ANY(%(uids)s) AND ins.sop_instance_uid <> ''
 ), conflicting AS (
-    SELECT c.id, c.there AND EXISTS (
-        SELECT FROM claims o WHERE o.uid = c.uid AND o.frame = c.frame AND o.pixel_hash <> c.pixel_hash AND o.there) AS conflict
-    FROM claims c
+    SELECT id, there AND min(hash) FILTER (WHERE there) OVER one_image <> max(hash) FILTER (WHERE there) OVER one_image AS conflict
+    FROM (SELECT *, encode(pixel_hash, 'hex') AS hash FROM claims) AS hashed WINDOW one_image AS (PARTITION BY uid, frame)
 )
 """
 
 
-def settle(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], images: Sequence[int] = ()) -> None:
-    """Work out what follows for `images` and the images in these files: where to read them, their sample keys, conflicts of UIDs."""
+def settle(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], images: Sequence[int] = (), *, fresh: bool = False) -> None:
+    """Work out what follows for `images` and the images in these files: where to read them, their sample keys, conflicts of UIDs.
+
+    `fresh`: the files were not there before, so an image that is in one of them alone is read from there.
+    """
     touched = conn.execute(
-        "SELECT DISTINCT i.id, n.sop_instance_uid, i.pixel_hash FROM image i JOIN instance n ON n.id = i.instance_id "
-        "WHERE i.id = ANY(%s) OR i.id IN ("
-        "SELECT l.image_id FROM location l JOIN file f ON f.id = l.file_id WHERE f.root_id = %s AND f.path = ANY(%s))",
+        "SELECT i.id, n.sop_instance_uid, i.pixel_hash, i.sample_key = sample_key(n.sop_instance_uid, i.frame) AND count(*) OVER one <= "
+        "n.number_of_frames FROM image i JOIN instance n ON n.id = i.instance_id WHERE i.id = ANY(%s) OR i.id IN ("
+        "SELECT l.image_id FROM location l JOIN file f ON f.id = l.file_id WHERE f.root_id = %s AND f.path = ANY(%s)) "
+        "WINDOW one AS (PARTITION BY n.sop_instance_uid)",
         [list(images), root_id, list(paths)],
     ).fetchall()
+    uids = list({uid for _, uid, _, _ in touched if uid})
+    several = conn.execute(
+        "SELECT sop_instance_uid FROM instance WHERE sop_instance_uid = ANY(%s) GROUP BY 1 HAVING count(*) > 1", [uids]
+    ).fetchall()
+    # Where one content claims a UID, and the key says so, nothing follows.
+    settled = {uid for _, uid, _, plain in touched if plain} - {uid for (uid,) in several}
+    settled -= {uid for image_id, uid, _, _ in touched if image_id in set(images)}
     parameters = {
-        "images": [image_id for image_id, _, _ in touched],
-        "uids": list({uid for _, uid, _ in touched}),
-        "hashes": list({pixel_hash for _, uid, pixel_hash in touched if not uid}),  # else one would touch all without a UID
+        "images": [image_id for image_id, _, _, _ in touched],
+        "uids": [uid for uid in uids if uid not in settled],
+        "hashes": list({pixel_hash for _, uid, pixel_hash, _ in touched if not uid}),  # else one would touch all without a UID
     }
-    # First the old ones down, then the new ones up: the index allows one at a time.
-    conn.execute(RANKED + "NOT best", parameters)
-    conn.execute(RANKED + "best", parameters)
+    if images or several or parameters["hashes"] or not fresh:
+        # First the old ones down, then the new ones up: the index allows one at a time.
+        conn.execute(RANKED + "NOT best", parameters)
+        conn.execute(RANKED + "best", parameters)
+    if not parameters["uids"] and not parameters["hashes"]:
+        return
     # Off the old keys first: two images may change places.
     if conn.execute(KEYED.format("gen_random_uuid()"), parameters).rowcount:
         conn.execute(KEYED.format("keyed.sample_key"), parameters)

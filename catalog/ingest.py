@@ -22,7 +22,7 @@ from typing import Any
 
 import psycopg
 
-from catalog import __version__, files, images, layouts, pairings, remote
+from catalog import __version__, erased, files, images, layouts, pairings, remote
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
 from catalog.layouts import Annotation, Found, Image, choosing
@@ -298,7 +298,7 @@ def _ingest(
     images.number_phases(conn)
     pairings.pair(conn, run, found.annotations, everything=again or bool(missing) or run.files_read > 0)
     conn.commit()
-    pairings.make_masks(conn, run)
+    pairings.make_masks(conn, run.root_id)
     if run.files_read:
         # An embedded server is seldom up long enough for autovacuum; without statistics a selection takes twice as long.
         conn.execute("ANALYZE patient, study, series, instance, image, file, location, annotation, pairing, mask, flag")
@@ -356,6 +356,7 @@ def _write(
     gone: dict[int, list[str]],
     wanted: Mapping[str, Image | Annotation],
 ) -> None:
+    results = _without_erased(conn, run, results)
     read = [result for result in results if isinstance(result, Read)]
     refused = [
         result
@@ -364,10 +365,10 @@ def _write(
     ]
     if read or refused:
         run.moved += len(files.moved(conn, run.root_id, gone, read))
-        files.write(conn, run.id, run.root_id, [*read, *refused], wanted)
+        new = files.write(conn, run.id, run.root_id, [*read, *refused], wanted)
     if read:
         if with_rows := [result for result in read if result.rows]:
-            images.write(conn, run.root_id, folder, with_rows)
+            images.write(conn, run.root_id, folder, with_rows, new)
         pairings.write(conn, run.id, run.root_id, read)
     for file in read:
         if file.left_out:
@@ -391,6 +392,21 @@ def _write(
     if unfit := [result for result in results if isinstance(result, NotPart)]:
         files.write(conn, run.id, run.root_id, unfit, wanted)
         images.unplace(conn, run.root_id, [result.entry.path for result in unfit])
+
+
+def _without_erased(conn: psycopg.Connection[Any], run: Run, results: Sequence[Result]) -> list[Result]:
+    """Refuse what belongs to patients who were erased: their files may still lie there."""
+    if conn.execute("SELECT EXISTS (SELECT FROM erasure)").fetchone() != (True,):
+        return list(results)
+    patients = erased.patients(conn, {result.patient for result in results if isinstance(result, Read) and result.rows})
+    paths = erased.files(conn, run.root_id, [result.entry.path for result in results if isinstance(result, Read) and not result.rows])
+    told = "its patient was erased from this catalog, so it is not taken in again; delete the file"
+    return [
+        Refused(result.entry, result.kind, result.format, "patient-erased", told)
+        if isinstance(result, Read) and ((result.rows and result.patient in patients) or result.entry.path in paths)
+        else result
+        for result in results
+    ]
 
 
 def _write_originals(conn: psycopg.Connection[Any], found: Found) -> None:

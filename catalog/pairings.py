@@ -156,7 +156,7 @@ WITH found AS (
         WHERE q.annotation_id = c.annotation_id AND q.id < p.id AND j.pixel_hash <> i.pixel_hash
           AND NOT EXISTS (SELECT FROM location l WHERE l.image_id = j.id))
 ), raised AS (
-    SELECT g.id, g.rule, coalesce(g.annotation_id, 0) AS annotation_id, coalesce(g.pairing_id, 0) AS pairing_id,
+    SELECT g.id, g.rule, g.detail, coalesce(g.annotation_id, 0) AS annotation_id, coalesce(g.pairing_id, 0) AS pairing_id,
            g.state = 'open' AS open, g.state <> 'open' AND g.closed_by <> 'ingest' AS closed_by_person
     FROM flag g LEFT JOIN pairing p ON p.id = g.pairing_id
     WHERE g.rule IN ('PAIR-NO-IMAGE', 'PAIR-AMBIGUOUS', 'PAIR-CHANGED', 'PAIR-GRID') AND g.raised_by = 'ingest'
@@ -165,12 +165,16 @@ WITH found AS (
 """
 
 TO_CLOSE = f"""{FOUND}
-SELECT id FROM raised WHERE open AND (rule, annotation_id, pairing_id) NOT IN (SELECT rule, annotation_id, pairing_id FROM found)
+SELECT id FROM raised r WHERE open AND NOT EXISTS (
+    SELECT FROM found f WHERE (f.rule, f.annotation_id, f.pairing_id, f.detail) = (r.rule, r.annotation_id, r.pairing_id, r.detail))
+  -- While a person has rejected some candidates and accepted none, it is still a question.
+  AND NOT (r.rule = 'PAIR-AMBIGUOUS' AND EXISTS (SELECT FROM pairing p WHERE p.annotation_id = r.annotation_id AND p.state = 'proposed'))
 """
 
 TO_RAISE = f"""{FOUND}
 SELECT rule, detail, nullif(annotation_id, 0), nullif(pairing_id, 0) FROM found
-WHERE (rule, annotation_id, pairing_id) NOT IN (SELECT rule, annotation_id, pairing_id FROM raised WHERE open OR closed_by_person)
+WHERE (rule, annotation_id, pairing_id) NOT IN (SELECT rule, annotation_id, pairing_id FROM raised WHERE closed_by_person)
+  AND (rule, annotation_id, pairing_id, detail) NOT IN (SELECT rule, annotation_id, pairing_id, detail FROM raised WHERE open)
 """
 
 DRAWN_STAGED = """
@@ -345,9 +349,9 @@ WHERE f.root_id = %(root)s AND p.state <> 'rejected' AND NOT EXISTS (SELECT FROM
 """
 
 
-def make_masks(conn: psycopg.Connection[Any], run: Run) -> None:
+def make_masks(conn: psycopg.Connection[Any], root_id: int) -> None:
     """Make the mask of every pairing of the root that has none yet; commits every 1,000 polygons."""
-    root = {"root": run.root_id}
+    root = {"root": root_id}
     if conn.execute(f"SELECT EXISTS ({MASKS_OF_SEGMENTS[MASKS_OF_SEGMENTS.index('SELECT') :]})", root).fetchone() == (True,):
         conn.execute(MASKS_OF_SEGMENTS, root)
     for pairing_id, grids in conn.execute(OTHER_GRIDS, root).fetchall():
@@ -361,7 +365,7 @@ def make_masks(conn: psycopg.Connection[Any], run: Run) -> None:
             "FROM pairing p JOIN annotation a ON a.id = p.annotation_id AND a.kind = 'polygon' JOIN file f ON f.id = a.file_id "
             "JOIN image i ON i.id = p.image_id WHERE f.root_id = %s AND p.state <> 'rejected' AND p.id > %s "
             "AND NOT EXISTS (SELECT FROM mask m WHERE m.pairing_id = p.id) ORDER BY p.id LIMIT %s",
-            [run.root_id, last, MASKS_PER_COMMIT],
+            [root_id, last, MASKS_PER_COMMIT],
         ).fetchall()
         if not todo:
             return

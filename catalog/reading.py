@@ -32,9 +32,12 @@ FILES_PER_TASK = 32  # small enough for an even end, large enough that the execu
 TASKS_AT_ONCE = 16
 LONGEST_UID = 1_000  # characters; far beyond PS3.5 9.1, since UIDs are kept as found, and within what PostgreSQL indexes
 LONGEST_MM = 1e9
+# After that the alarm ends the process, and the file is refused as one that kills its reader: a decoder in C may look for ever for the end
+# of a damaged codestream (pylibjpeg did, with two bytes of a JPEG-LS frame changed).
+PATIENCE_S = 300
 WHOLE = 64 * 1024 * 1024  # bytes of a file that are read at once
 HEAD = 65_536  # bytes that --hash head takes: the header of nearly every DICOM file and the first pixels
-FRAME, FRAME_COLUMNS = 16, 20  # where the frame stands in a row, and how many columns are its own
+FRAME_COLUMNS = 20  # of staged: those that a frame has of its own
 
 Hashing = Literal["full", "head", "none"]
 
@@ -64,12 +67,18 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What a file holds: rows for ``staged``, one a frame (one without a frame for an object without images), and what was drawn."""
+    """What a file holds: `frames` images, and what was drawn.
+
+    `rows` are lines for ``COPY staged``: one a frame, one for an object without images, none for what is no instance. They are written
+    here, where there are several processes, and not by the one writer.
+    """
 
     entry: Entry
     format: str
     content_hash: bytes | None
-    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    rows: bytes = b""
+    patient: str = ""
+    frames: int = 0
     drawn: list[Drawn] = field(default_factory=list)
     other_patient: bool = False
     fell_back: bool = False
@@ -78,7 +87,7 @@ class Read:
     @property
     def kind(self) -> str:
         """What it is foremost: image, annotation or other."""
-        return "annotation" if self.drawn else "image" if self.rows and self.rows[0][FRAME] is not None else "other"
+        return "annotation" if self.drawn else "image" if self.frames else "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,12 @@ def _submit(pool: Executor, folder: str, items: Sequence[Image | Annotation], ha
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_alone = False  # in a reading process
+
+
 def _begin_reading() -> None:
+    global _alone  # noqa: PLW0603  what an initializer leaves to its process
+    _alone = hasattr(signal, "setitimer")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the writer decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -202,15 +216,20 @@ def read_files(folder: str, items: Sequence[Image | Annotation], hashing: Hashin
 
 
 def _read(folder: str, item: Image | Annotation, hashing: Hashing) -> Result:
+    if _alone:
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     try:
         return _read_image(folder, item, hashing) if isinstance(item, Image) else _read_annotation(folder, item, hashing)
     except FileError as error:
-        if error.code == "not-dicom" and isinstance(item, Image) and not item.sure:
+        if error.code == "dicomdir" or (error.code == "not-dicom" and isinstance(item, Image) and not item.sure):
             return NotPart(item.entry)
         return Refused(item.entry, _kind(item), item.format, error.code, str(error))
     except Exception as error:  # one file of a million must not stop the others; the text could hold a value of its header
         failed = f"reading it failed with {type(error).__name__}; it is left out"
         return Refused(item.entry, _kind(item), item.format, "reader-failed", failed)
+    finally:
+        if _alone:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _kind(item: Image | Annotation) -> str:
@@ -268,7 +287,8 @@ def _as_read(item: Image, found: Instance, content_hash: bytes | None, drawn: li
     own = found.patient_id.strip()
     patient = item.patient or own or found.study_instance_uid or item.entry.path.rpartition("/")[0] or item.entry.path
     other = bool(own and item.patient and own != item.patient)
-    return Read(item.entry, item.format, content_hash, rows(item, found, _text(patient)), drawn, other_patient=other, fell_back=fell_back)
+    lines = rows(item, found, patient)
+    return Read(item.entry, item.format, content_hash, lines, patient, len(found.frames), drawn, other_patient=other, fell_back=fell_back)
 
 
 def _read_dicom(path: Path, entry: Entry, hashing: Hashing) -> tuple[Instance, bool, bytes | None]:
@@ -304,27 +324,48 @@ def _hashed(found: header.Header, data: bytes) -> Instance | None:
     return replace(found.instance, frames=tuple(frames))
 
 
-def rows(item: Image, found: Instance, patient: str) -> list[tuple[Any, ...]]:
-    """Return a file's rows for ``staged``."""
+def rows(item: Image, found: Instance, patient: str) -> bytes:
+    """Return a file's lines for ``COPY staged``."""
     known = all(frame.pixel_hash is not None for frame in found.frames)
     content = hashlib.sha256(b"".join(frame.pixel_hash or b"" for frame in found.frames)).digest() if known and found.frames else None
-    head = (
-        item.entry.path, patient, _text(found.study_instance_uid), _text(found.study_date), _text(found.series_instance_uid),
-        _int4(found.series_number), _text(found.modality), _text(found.sop_instance_uid), _text(found.sop_class_uid),
-        _int4(found.instance_number), found.number_of_frames, _int4(found.images_in_acquisition), content,
-        _text(found.frame_of_reference_uid), _text(found.transfer_syntax_uid), found.coding,
+    head = _line(
+        item.entry.path, patient, found.study_instance_uid, found.study_date, found.series_instance_uid, _int4(found.series_number),
+        found.modality, found.sop_instance_uid, found.sop_class_uid, _int4(found.instance_number), found.number_of_frames,
+        _int4(found.images_in_acquisition), content, found.frame_of_reference_uid, found.transfer_syntax_uid, found.coding,
     )  # fmt: skip
     if not found.frames:
-        return [(*head, *[None] * FRAME_COLUMNS)]
-    return [
-        (
-            *head, frame.frame, frame.rows, frame.columns, frame.samples_per_pixel, _text(frame.photometric),
-            *_spacing(frame.pixel_spacing), _list(frame.image_position), _list(frame.image_orientation), _mm(frame.position),
-            _mm(frame.slice_thickness), frame.trigger_time, frame.slope, frame.intercept, frame.modality_lut, frame.pixel_hash,
-            frame.offset, frame.length if frame.dtype else None, frame.dtype, _unchecked_bits(frame),
-        )
-        for frame in found.frames
-    ]  # fmt: skip
+        return (head + "\t\\N" * FRAME_COLUMNS + "\n").encode(errors="replace")
+    lines = []
+    for frame in found.frames:
+        own = _line(
+            frame.frame, frame.rows, frame.columns, frame.samples_per_pixel, frame.photometric, *_spacing(frame.pixel_spacing),
+            frame.image_position, frame.image_orientation, _mm(frame.position), _mm(frame.slice_thickness), frame.trigger_time, frame.slope,
+            frame.intercept, frame.modality_lut, frame.pixel_hash, frame.offset, frame.length if frame.dtype else None, frame.dtype,
+            _unchecked_bits(frame),
+        )  # fmt: skip
+        lines.append(f"{head}\t{own}\n")
+    return "".join(lines).encode(errors="replace")
+
+
+# What PostgreSQL's text format cannot hold as it is: NUL not at all, the others with a backslash.
+ESCAPED = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r", "\0": "\N{REPLACEMENT CHARACTER}"})
+
+
+def _line(*values: str | int | float | bool | bytes | tuple[float, ...] | None) -> str:
+    """Return values as a part of a line of ``COPY FROM`` in text format."""
+    parts = []
+    for value in values:
+        if isinstance(value, str):
+            parts.append(value.translate(ESCAPED))
+        elif value is None:
+            parts.append(r"\N")
+        elif isinstance(value, bytes):
+            parts.append(r"\\x" + value.hex())
+        elif isinstance(value, tuple):
+            parts.append("{" + ",".join(map(repr, value)) + "}")
+        else:
+            parts.append(repr(value))
+    return "\t".join(parts)
 
 
 def _unchecked_bits(frame: Frame) -> int | None:
@@ -379,11 +420,6 @@ def _content_hash(path: Path, entry: Entry, hashing: Hashing) -> bytes | None:
         raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
 
 
-def _text(value: str) -> str:
-    # PostgreSQL stores neither NUL nor half a surrogate; everything else stays as found.
-    return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
-
-
 def _int4(value: int | None) -> int | None:
     return value if value is not None and -(2**31) <= value < 2**31 else None
 
@@ -395,7 +431,3 @@ def _mm(value: float | None) -> float | None:
 
 def _spacing(spacing: tuple[float, float] | None) -> tuple[float | None, float | None]:
     return spacing if spacing and all(0 < value < LONGEST_MM for value in spacing) else (None, None)
-
-
-def _list(value: tuple[float, ...] | None) -> list[float] | None:
-    return None if value is None else list(value)

@@ -12,7 +12,7 @@ from psycopg.rows import dict_row
 
 from catalog.database import Database
 from catalog.errors import CatalogError
-from catalog.flags import _transaction as transaction
+from catalog.flags import transaction
 from catalog.ingest import LOCK_CLASS
 from catalog.remote import is_url, opened
 

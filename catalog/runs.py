@@ -16,7 +16,7 @@ from psycopg.rows import dict_row
 from catalog import erasing, roots
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
-from catalog.flags import _transaction as transaction
+from catalog.flags import transaction
 from catalog.ingest import LOCK_CLASS, find
 from catalog.layouts.choosing import ASKED
 from catalog.pairings import RETIRED

@@ -121,6 +121,13 @@ file = Table(
     Column("mtime_ns", BigInteger, nullable=False, comment="Modification time as catalogued, ns since 1970."),
     Column("state", Text, nullable=False, server_default="present", comment="present, missing (was there once) or unreadable."),
     Column(
+        "read_as",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="CRC-32 of what its layout says about it (patient, structure, options); where that changes it is read again.",
+    ),
+    Column(
         "content_hash", LargeBinary, comment="sha256 of its bytes, or of the first 64 KiB and the size (--hash head); NULL: not asked for."
     ),
     # An object without images has no location, which else says what a file holds.
@@ -398,6 +405,8 @@ flag = Table(
     CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
     # Raising the same finding twice leaves one open flag.
     Index("ix_flag_open", "rule", *SUBJECTS, unique=True, postgresql_where=text("state = 'open'"), postgresql_nulls_not_distinct=True),
+    # Deleting a row asks each of these whether a flag is left on it: taking 20,000 images out took 16 s without, and 2 s with them.
+    *(Index(f"ix_flag_{subject}", subject, postgresql_where=text(f"{subject} IS NOT NULL")) for subject in SUBJECTS),
     Index("ix_flag_revokes", "id", postgresql_where=text("revokes AND state = 'open'")),
     CheckConstraint("NOT revokes OR severity = 'error'", name="revokes_error"),
     comment="A finding on a file, image, annotation, pairing, series, study or patient.",

@@ -208,6 +208,8 @@ class Decoder:
     def _place(self, stored: NDArray[np.uint8], sample: Sample, image: NDArray[Any]) -> None:
         assert sample.dtype is not None
         values = stored.view(sample.dtype)
+        if values.size != image.size:  # colour
+            raise FileError("shape", f"has {values.size} values where an image of {sample.rows}×{sample.columns} has {image.size}")
         if sample.bits_stored is not None:  # PS3.5 8.1.1: what lies above is no part of the value
             unused = 8 * values.itemsize - sample.bits_stored
             values <<= unused

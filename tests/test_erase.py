@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from catalog import cli, database, digest, erasing, ingest
+from catalog import cli, database, digest, erased, erasing, ingest
 from catalog.errors import CatalogError, UsageError
 from catalog.ingest import LOCK_CLASS
 from tests.test_flags import feed
@@ -136,9 +136,9 @@ def test_an_ingest_knows_the_files_again(folder: Path, take_in: Callable[..., An
     paths = [path for (path,) in conn.execute("SELECT path FROM file WHERE kind = 'annotation' ORDER BY 1")]
     root = one(conn, "SELECT id FROM root")
     say("patient", "erase", PATIENT, "--reason", "asked for")
-    assert erasing.erased_patients(conn, ["SYN0001", PATIENT, "SYN0003", "SYN00020"]) == {PATIENT}
-    assert erasing.erased_files(conn, root, paths) == {path for path in paths if ORIGINAL in path}
-    assert erasing.erased_files(conn, root + 1, paths) == set()
+    assert erased.patients(conn, ["SYN0001", PATIENT, "SYN0003", "SYN00020"]) == {PATIENT}
+    assert erased.files(conn, root, paths) == {path for path in paths if ORIGINAL in path}
+    assert erased.files(conn, root + 1, paths) == set()
 
 
 def test_what_is_shared_stays(folder: Path, take_in: Callable[..., Any], say: Say, conn: psycopg.Connection) -> None:

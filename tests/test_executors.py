@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,13 @@ from catalog.errors import UsageError
 from tests.test_ingest import content
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def three(studies: Path, tmp_path: Path) -> Path:
+    """Three patients to read: 48 images."""
+    return Path(shutil.copytree(studies, tmp_path / "arrived"))
+
 
 CLUSTER = """
 import sys
@@ -78,7 +86,7 @@ def test_a_cluster_reads_what_one_machine_reads(
         assert content(other) == content(one)
 
 
-def test_an_executor_of_the_users_own(three: Path, catalog: Run, tmp_path: Path) -> None:
+def test_an_executor_of_the_users_own(three: Path, database_url: str, catalog: Run, tmp_path: Path) -> None:
     """`--executor module:function` takes what the function returns."""
     (tmp_path / "ours.py").write_text("from concurrent.futures import ThreadPoolExecutor\ndef four():\n    return ThreadPoolExecutor(4)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
@@ -97,7 +105,7 @@ def test_a_cluster_that_others_could_speak_to_is_refused(address: str) -> None:
         pass
 
 
-def test_a_scheduler_that_is_not_there(three: Path, catalog: Run) -> None:
+def test_a_scheduler_that_is_not_there(three: Path, database_url: str, catalog: Run) -> None:
     """One line, and nothing was written."""
     done = catalog("ingest", three, "--dask", "tcp://127.0.0.1:1")
     assert done.returncode == 1 and "out of reach" in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -180,15 +180,14 @@ class Tree:
                     self._refuse(folder, "path-too-long", f"a path below it is over {LONGEST_PATH} bytes long; give it shorter names")
                     continue
                 try:
-                    # Links to folders are not followed: two of them can point at each other.
-                    if item.is_dir(follow_symlinks=False):
-                        folders.append(f"{path}/")
-                    elif item.is_dir():
-                        if not Path(item.path).resolve().is_relative_to(self.root):
-                            self._refuse(path, "folder-link", "a link to a folder elsewhere, which is not followed; put the folder here")
-                    elif item.is_file():
+                    if item.is_file():
                         status = item.stat()
                         yield Entry(path, status.st_size, status.st_mtime_ns)
+                    # Links to folders are not followed: two of them can point at each other.
+                    elif item.is_dir(follow_symlinks=False):
+                        folders.append(f"{path}/")
+                    elif item.is_dir() and not Path(item.path).resolve().is_relative_to(self.root):
+                        self._refuse(path, "folder-link", "a link to a folder elsewhere, which is not followed; put the folder here")
                 except OSError as error:
                     self._refuse(path, "file-unreadable", f"{error.strerror}: not catalogued")
 

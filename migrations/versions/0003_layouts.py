@@ -127,6 +127,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_erasure")),
         comment="A patient whose rows were deleted. Nothing here says who it was.",
     )
+    for subject in ("file_id", "image_id", "annotation_id", "pairing_id", "series_id", "study_id", "patient_id"):
+        op.create_index(f"ix_flag_{subject}", "flag", [subject], postgresql_where=sa.text(f"{subject} IS NOT NULL"))
     op.execute(NUMBERS)
     op.execute(PLANE_DISTANCE)
     op.execute(SAME_GRID)
