@@ -303,10 +303,9 @@ class Bench:
         """`catalog measure` against reading and converting the same pixels, and that with a hash; images a second of one core."""
         found: dict[str, list[float]] = {"limit": [], "limit_hashed": [], "hashed": [], "known": []}
         paths = sorted(map(str, self.tree.rglob("*.dcm")))
-        offset = pydicom.dcmread(paths[0]).get_item("PixelData").file_tell
         for _ in range(self.arguments.rounds):
-            found["limit"].append(decode_limit(paths, offset, hashing=False))
-            found["limit_hashed"].append(decode_limit(paths, offset, hashing=True))
+            found["limit"].append(decode_limit(paths, hashing=False))
+            found["limit_hashed"].append(decode_limit(paths, hashing=True))
             for name, hashing in (("hashed", "none"), ("known", "full")):
                 with self.database() as url:
                     run_ingest(self.tree, url, hashing)
@@ -395,14 +394,14 @@ def _post(port: int, paths: list[str]) -> int:
     return stored
 
 
-def decode_limit(paths: list[str], offset: int, *, hashing: bool) -> float:
+def decode_limit(paths: list[str], *, hashing: bool) -> float:
     """Return images/s of opening, one preadv, float32, and perhaps a hash."""
     stored = np.empty(ROWS * COLUMNS, "<i2")
     image = np.empty(ROWS * COLUMNS, np.float32)
     begun = time.perf_counter()
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        os.preadv(descriptor, [stored.data], offset)
+        os.preadv(descriptor, [stored.data], 2_000)  # all are as long and begin a little later: where does not matter here
         os.close(descriptor)
         image[...] = stored
         if hashing:
