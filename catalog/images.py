@@ -288,24 +288,26 @@ def settle(conn: psycopg.Connection[Any], root_id: int, paths: Sequence[str], im
     """
     touched = conn.execute(
         "SELECT i.id, n.sop_instance_uid, i.pixel_hash, i.sample_key = sample_key(n.sop_instance_uid, i.frame) AND count(*) OVER one <= "
-        "n.number_of_frames FROM image i JOIN instance n ON n.id = i.instance_id WHERE i.id = ANY(%s) OR i.id IN ("
+        "n.number_of_frames, (SELECT count(*) FROM location k WHERE k.image_id = i.id) <> 1 "
+        "FROM image i JOIN instance n ON n.id = i.instance_id WHERE i.id = ANY(%s) OR i.id IN ("
         "SELECT l.image_id FROM location l JOIN file f ON f.id = l.file_id WHERE f.root_id = %s AND f.path = ANY(%s)) "
         "WINDOW one AS (PARTITION BY n.sop_instance_uid)",
         [list(images), root_id, list(paths)],
     ).fetchall()
-    uids = list({uid for _, uid, _, _ in touched if uid})
+    uids = list({uid for _, uid, _, _, _ in touched if uid})
     several = conn.execute(
         "SELECT sop_instance_uid FROM instance WHERE sop_instance_uid = ANY(%s) GROUP BY 1 HAVING count(*) > 1", [uids]
     ).fetchall()
     # Where one content claims a UID, and the key says so, nothing follows.
-    settled = {uid for _, uid, _, plain in touched if plain} - {uid for (uid,) in several}
-    settled -= {uid for image_id, uid, _, _ in touched if image_id in set(images)}
+    settled = {uid for _, uid, _, plain, _ in touched if plain} - {uid for (uid,) in several}
+    moved = set(images)
+    settled -= {uid for image_id, uid, _, _, _ in touched if image_id in moved}
     parameters = {
-        "images": [image_id for image_id, _, _, _ in touched],
+        "images": [image_id for image_id, *_ in touched],
         "uids": [uid for uid in uids if uid not in settled],
-        "hashes": list({pixel_hash for _, uid, pixel_hash, _ in touched if not uid}),  # else one would touch all without a UID
+        "hashes": list({pixel_hash for _, uid, pixel_hash, _, _ in touched if not uid}),  # else one would touch all without a UID
     }
-    if images or several or parameters["hashes"] or not fresh:
+    if not fresh or any(elsewhere for *_, elsewhere in touched):
         # First the old ones down, then the new ones up: the index allows one at a time.
         conn.execute(RANKED + "NOT best", parameters)
         conn.execute(RANKED + "best", parameters)

@@ -26,7 +26,7 @@ from catalog import __version__, erased, files, images, layouts, pairings, remot
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
 from catalog.layouts import Annotation, Found, Image, choosing
-from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all
+from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all, refuse_in_reader
 
 FILES_PER_COMMIT = 5_000
 LOCK_CLASS = 0x5CA9  # advisory lock (LOCK_CLASS, root id): one ingest a root at a time
@@ -38,7 +38,7 @@ LAST_RUN = "SELECT id, state FROM ingest_run WHERE root_id = %s ORDER BY id DESC
 UNREADABLE = """
 SELECT f.path, g.detail FROM flag g JOIN file f ON f.id = g.file_id
 WHERE f.root_id = %(root)s AND g.state = 'open' AND (g.rule = 'FEED-UNREADABLE' OR g.rule = 'FILE-UNREADABLE' AND (
-    %(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died', 'reader-failed', 'cache-full')))
+    %(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died', 'reader-failed', 'cache-full', 'changed')))
 """
 
 # What ingests found and what is still so, whenever it was found; what is wrong with the tree itself comes from the tree.
@@ -143,6 +143,7 @@ def ingest(
     Raises:
         CatalogError: If the folder cannot be used, no layout fits, or the database refuses.
     """
+    refuse_in_reader()
     begun = time.monotonic()
     asked = layout
     layout, found = find(folder, asked, options)

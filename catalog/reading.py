@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from catalog import contours, dicom, header, pixels, remote, rtstruct, seg
-from catalog.errors import FileError
+from catalog.errors import CatalogError, FileError
 from catalog.layouts import Annotation, Entry, Image, custom
 from catalog.records import Drawn, Frame, Instance, polygon
 
@@ -35,6 +35,7 @@ LONGEST_MM = 1e9
 # After that the alarm ends the process, and the file is refused as one that kills its reader: a decoder in C may look for ever for the end
 # of a damaged codestream (pylibjpeg did, with two bytes of a JPEG-LS frame changed).
 PATIENCE_S = 300
+GUARD = "a script that ingests must do so below `if __name__ == '__main__':`, since they run it again"
 WHOLE = 64 * 1024 * 1024  # bytes of a file that are read at once
 HEAD = 65_536  # bytes that --hash head takes: the header of nearly every DICOM file and the first pixels
 FRAME_COLUMNS = 20  # of staged: those that a frame has of its own
@@ -175,12 +176,19 @@ def read_all(
                         progress(read, len(todo))
                         yield from results if results is not None else _read_apart(folder, items, hashing)
             except BrokenExecutor:
+                _check_starts(folder, hashing)
                 executor, at_once = None, TASKS_AT_ONCE  # a reading process died: below, and then the rest in new ones
         while running:
             _, items = running.popitem()
             yield from _read_apart(folder, items, hashing)
             read += len(items)
             progress(read, len(todo))
+
+
+def refuse_in_reader() -> None:
+    """Raise CatalogError where this very call is run again by a process that it started: that would wait for itself."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
+        raise CatalogError(f"a reading process began to ingest; {GUARD}")
 
 
 def _outcome(future: Future[list[Result]]) -> list[Result] | None:
@@ -191,6 +199,15 @@ def _outcome(future: Future[list[Result]]) -> list[Result] | None:
         raise
     except Exception:  # reading itself raises nothing
         return None
+
+
+def _check_starts(folder: str, hashing: Hashing) -> None:
+    """Where no process of ours can begin, each file would be taken for the one that killed its reader."""
+    with _processes(1, 1) as alone:
+        try:
+            _submit(alone, folder, [], hashing).result()
+        except BrokenExecutor:
+            raise CatalogError(f"reading processes end as soon as they start; {GUARD}") from None
 
 
 def _read_apart(folder: str, items: Sequence[Image | Annotation], hashing: Hashing) -> Iterator[Result]:
@@ -219,7 +236,12 @@ def _read(folder: str, item: Image | Annotation, hashing: Hashing) -> Result:
     if _alone:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     try:
-        return _read_image(folder, item, hashing) if isinstance(item, Image) else _read_annotation(folder, item, hashing)
+        # Half of a file can look whole: a contour has no end. As its row says how it was when it was found, it is read again next time.
+        before = _stamp(folder, item.entry)
+        read = _read_image(folder, item, hashing) if isinstance(item, Image) else _read_annotation(folder, item, hashing)
+        if before is not None and (before[0] != item.entry.size or before != _stamp(folder, item.entry)):
+            raise FileError("changed", "it changed while it was read; it is left out; ingest again when it is complete")
+        return read
     except FileError as error:
         if error.code == "dicomdir" or (error.code == "not-dicom" and isinstance(item, Image) and not item.sure):
             return NotPart(item.entry)
@@ -230,6 +252,17 @@ def _read(folder: str, item: Image | Annotation, hashing: Hashing) -> Result:
     finally:
         if _alone:
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _stamp(folder: str, entry: Entry) -> tuple[int, int] | None:
+    """Return a file's size and time now; None where that is not to be had, which is for its reader to say."""
+    if remote.is_url(folder):
+        return None
+    try:
+        status = os.stat(f"{folder}/{entry.path}")  # noqa: PTH116  1.5 µs; pathlib takes three times as long
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _kind(item: Image | Annotation) -> str:

@@ -367,6 +367,8 @@ def audit(
     else:
         for finding in found.findings:
             typer.echo(str(finding))
+        if found.erased:
+            typer.echo(f"{found.erased} positions are of patients who were erased since: their orders cannot be compared any more")
         typer.echo(f"{_count(found.runs, 'run')}, {_count(found.epochs, 'epoch')}: {_count(len(found.findings), 'finding')}")
     raise typer.Exit(3 if found.findings else 0)
 

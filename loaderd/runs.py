@@ -32,15 +32,17 @@ ORDER_BYTES: LiteralString = "40 + pg_column_size(o.sample_ids) + pg_column_size
 # What a started epoch's rows say, and whether its order is what it was. Part by part: image's index is asked 1,024 keys at a time.
 # What must be stored of an order: all of it once it is whole or the epoch over, else what was given out of it.
 EVIDENCE: LiteralString = (
-    "SELECT c.run, c.stream, c.stream_name, c.epoch, c.planned, c.missing, c.twice, l.beyond, e.order_sha256 AS noted, o.found, "
+    "SELECT c.run, c.stream, c.stream_name, c.epoch, c.planned, c.missing, c.twice, l.beyond, e.order_sha256 AS noted, o.found, o.erased, "
     "CASE WHEN c.pruned_at IS NOT NULL THEN 0 WHEN e.order_sha256 IS NOT NULL OR c.finished THEN c.planned "
     "ELSE least(l.upto, c.planned) END - o.stored AS not_stored, c.pruned_at IS NOT NULL AS pruned, "
     "c.finished FROM epoch_coverage c JOIN run r ON r.name = c.run "
     "JOIN epoch e ON e.run_id = r.id AND e.stream_id = c.stream AND e.epoch = c.epoch "
     "CROSS JOIN LATERAL (SELECT coalesce(sum(cardinality(p.sample_ids)), 0)::bigint AS stored, "
-    "sha256(coalesce(string_agg(k.keys, '' ORDER BY p.part), '')) AS found FROM epoch_order p CROSS JOIN LATERAL ("
-    "SELECT string_agg(uuid_send(i.sample_key), '' ORDER BY s.n) AS keys FROM unnest(p.sample_ids) WITH ORDINALITY AS s (id, n) "
-    "JOIN image i ON i.id = s.id) k WHERE p.epoch_id = e.id) o "
+    "sha256(coalesce(string_agg(k.keys, '' ORDER BY p.part), '')) AS found, coalesce(sum(k.erased), 0)::bigint AS erased "
+    "FROM epoch_order p CROSS JOIN LATERAL ("
+    "SELECT string_agg(uuid_send(i.sample_key), '' ORDER BY s.n) AS keys, "
+    "count(*) FILTER (WHERE i.id IS NULL AND EXISTS (SELECT FROM erasure x WHERE s.id = ANY(x.image_ids))) AS erased "
+    "FROM unnest(p.sample_ids) WITH ORDINALITY AS s (id, n) LEFT JOIN image i ON i.id = s.id) k WHERE p.epoch_id = e.id) o "
     "CROSS JOIN LATERAL (SELECT coalesce(max(upper(x.positions)), 0) AS upto, "
     "length_of(range_agg(x.positions) - int8multirange(int8range(0, e.num_samples))) AS beyond FROM ledger x WHERE x.epoch_id = e.id) l "
 )
@@ -87,6 +89,7 @@ class Audited:
     runs: int
     epochs: int
     findings: list[Finding]
+    erased: int = 0  # positions of patients who were erased since: what was fed there cannot be compared with the order any more
 
 
 @dataclass
@@ -207,10 +210,14 @@ def audit(conn: Connection, run: str | None = None) -> Audited:
     if run is None:
         rows = _rows(conn, EVIDENCE + "ORDER BY r.id, c.stream, c.epoch", {})
         [counted] = _rows(conn, "SELECT count(*) AS runs FROM run", {})
-        return Audited(counted["runs"], len(rows), [finding for row in rows for finding in _findings(row)])
+        return _audited(counted["runs"], rows)
     run_id(conn, run)
     rows = _rows(conn, EVIDENCE + "WHERE c.run = %(run)s ORDER BY c.stream, c.epoch", {"run": run})
-    return Audited(1, len(rows), [finding for row in rows for finding in _findings(row)])
+    return _audited(1, rows)
+
+
+def _audited(runs: int, rows: list[Row]) -> Audited:
+    return Audited(runs, len(rows), [finding for row in rows for finding in _findings(row)], sum(row["erased"] for row in rows))
 
 
 def _findings(row: Row) -> list[Finding]:
@@ -221,7 +228,7 @@ def _findings(row: Row) -> list[Finding]:
         "beyond": row["beyond"],
         "not_stored": row["not_stored"],
         "unsigned": row["planned"] if whole and row["finished"] and row["noted"] is None else 0,
-        "changed": max(row["planned"], 1) if whole and row["noted"] not in (None, row["found"]) else 0,
+        "changed": max(row["planned"], 1) if whole and not row["erased"] and row["noted"] not in (None, row["found"]) else 0,
     }
     where = (row["run"], row["stream"], row["stream_name"], row["epoch"])
     return [Finding(*where, what, count, row["planned"]) for what, count in counts.items() if count > 0]

@@ -16,6 +16,7 @@ import pytest
 from catalog import cli, database, digest, erased, erasing, ingest
 from catalog.errors import CatalogError, UsageError
 from catalog.ingest import LOCK_CLASS
+from loaderd import runs
 from tests.test_flags import feed
 
 PATIENT, ORIGINAL = "SYN0002", "SC-SYN-0002"  # of 16 images and 6 annotations, as each of the three
@@ -183,6 +184,8 @@ def test_what_was_fed_is_said_and_stays_a_number(folder: Path, take_in: Callable
     assert [conn.execute(f"SELECT * FROM {table}".encode()).fetchall() for table in ("epoch", "epoch_order", "ledger")] == kept
     assert set(fed) < set(one(conn, "SELECT image_ids FROM erasure"))
     assert one(conn, "SELECT count(*) FROM sample_history") == 1
+    audited = runs.audit(conn)
+    assert audited.erased == 3 and "changed" not in {finding.what for finding in audited.findings}
 
 
 def test_again_changes_nothing(folder: Path, take_in: Callable[..., Any], say: Say, conn: psycopg.Connection) -> None:

@@ -313,7 +313,7 @@ class Counting(Executor):
 
 
 def test_again_changes_nothing(three: Path, conn: Conn, take_in: Callable[..., Summary]) -> None:
-    """The same folder again writes not one tuple and reads no file, also while errors stand; `retry` reads what is damaged; the counts stay."""
+    """The same folder again writes not one tuple and reads no file, also while errors stand; `retry` reads the damaged."""
     spoil(three)
     first = take_in(three)
     before, statistics = tuples(conn), _written(conn)
@@ -838,7 +838,7 @@ def test_dry_run(study: Path, catalog: Run, tmp_path: Path, monkeypatch: pytest.
         "unpaired": [],
         "problems": [],
     }
-    assert "6 image files, 9 annotations" in catalog("ingest", study, "--dry-run", "--layout", "sunnybrook").stdout
+    assert "6 image files, 9 annotation files: 9 would be paired" in catalog("ingest", study, "--dry-run", "--layout", "sunnybrook").stdout
     assert sorted(tmp_path.rglob("*")) == before
     (study / "link.csv").write_text("patient,original\n")
     done = catalog("ingest", study, "--dry-run", "--json")
@@ -857,6 +857,6 @@ def test_json(study: Path, database_url: str, catalog: Run) -> None:
     assert summary.pop("seconds") > 0
     assert summary == {
         "root": str(study), "layout": "sunnybrook", "chosen": ["sunnybrook (link.csv beside dicoms/ or contourfiles/)"],
-        "images": 6, "annotations": 9, "files_read": 15, "fell_back": 0, "missing": 0, "moved": 0, "paired": 9, "proposed": 0, "unpaired": 0,
-        "masks": 9, "standing_errors": 0, "left_over": 0,
+        "images": 6, "annotations": 9, "files_read": 15, "fell_back": 0, "missing": 0, "moved": 0, "paired": 9, "proposed": 0,
+        "unpaired": 0, "masks": 9, "standing_errors": 0, "left_over": 0,
     }  # fmt: skip

@@ -146,7 +146,7 @@ def test_a_good_run_is_clean(fed: psycopg.Connection, loaderd: Run) -> None:
     done = loaderd("audit")
     assert (done.returncode, done.stdout) == (0, "2 runs, 6 epochs: no findings\n")
     assert len(runs.prune(fed, keep=1).epochs) == 4
-    assert json.loads(loaderd("audit", "a", "--json").stdout) == {"runs": 1, "epochs": 3, "findings": []}
+    assert json.loads(loaderd("audit", "a", "--json").stdout) == {"runs": 1, "epochs": 3, "findings": [], "erased": 0}
 
 
 def test_an_audit_is_red(fed: psycopg.Connection, loaderd: Run) -> None:

@@ -1,0 +1,225 @@
+"""All 730 shared files in one ingest: which layout took what, every value as the feed gives it, every broken file in its own words."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psycopg
+import pytest
+from numpy.typing import NDArray
+from psycopg import sql
+
+from catalog import database, dicom, ingest
+from catalog.ingest import Summary
+from loaderd import Feed, FeedError, decode
+from loaderd.decode import Decoder, Sample
+from loaderd.ring import Layout, create
+from loaderd.supply import work_query
+from tests.conftest import DATA, _create, _named
+
+pytest.importorskip("nibabel", reason="needs the extra `nifti`")
+pytest.importorskip("pylibjpeg", reason="needs the extra `codecs`")
+pytest.importorskip("gdcm", reason="needs the extra `codecs`")
+pytestmark = pytest.mark.skipif(not (DATA / "manifest.csv").is_file(), reason=f"no manifest.csv under {DATA}; set SCANFEED_DATA")
+
+CT = "dicom/transfer-syntax-ctimage/CTImage.dcm"
+# What a radiology engineer would say of each file that cannot be used: code and beginning of the message.
+BROKEN = {
+    "dicom/broken/JPEG2000-embedded-sequence-delimiter.dcm": ("unreadable", "a compressed frame says of itself that it is 1024×3722445056×1"),
+    "dicom/broken/MR_truncated.dcm": ("truncated", "(7FE0,0010) Pixel Data has 8130 bytes where 1 frame(s) of 64×64×1 at 16 bits take 8192"),
+    "dicom/broken/UN_sequence.dcm": ("no-pixels", "(7FE0,0010) Pixel Data is missing though it says that it is CT Image Storage"),
+    "dicom/broken/badVR.dcm": ("unreadable", "(0028,0008) Number of Frames is not a whole number"),
+    "dicom/broken/empty_charset_LEI.dcm": ("no-pixels", "(7FE0,0010) Pixel Data is missing, and (0008,0016) SOP Class UID too"),
+    "dicom/broken/meta_missing_tsyntax.dcm": ("unreadable", "(0028,0100) Bits Allocated is missing"),
+    "dicom/broken/nested_priv_SQ.dcm": ("unreadable", "(0028,0100) Bits Allocated is missing"),
+    "dicom/broken/no_meta.dcm": ("not-dicom", "neither `DICM` at byte 128 nor a DICOM element at its start"),
+    "dicom/broken/no_meta_group_length.dcm": ("no-pixels", "(7FE0,0010) Pixel Data is missing though it says that it is RT Image"),
+    "dicom/broken/rtplan_truncated.dcm": ("truncated", "it ends within (300A,00B0)"),
+    "dicom/charset/chrSQEncoding.dcm": ("no-pixels", "(7FE0,0010) Pixel Data is missing though it says that it is MR Image Storage"),
+    "dicom/pydicom/JPEG-lossy.dcm": ("unreadable", "its pixels cannot be decoded as JPEG Extended (Process 2 and 4)"),
+    # A segmentation of three frames of which somebody cut the pixels to one and left the other two frames' groups in.
+    "dicom/pydicom/liver_1frame.dcm": ("unreadable", "(5200,9230) Per-Frame Functional Groups Sequence has 3 items for 1 frames"),
+    f"{CT}_JPEGProcess10_12TransferSyntax_1.2.840.10008.1.2.4.55.dcm": ("no-decoder", "(0002,0010) Transfer Syntax UID is JPEG Full"),
+    f"{CT}_JPEGProcess6_8TransferSyntax_1.2.840.10008.1.2.4.53.dcm": ("no-decoder", "(0002,0010) Transfer Syntax UID is JPEG Spectral"),
+}
+NO_DECODER = {path for path, (code, _) in BROKEN.items() if code == "no-decoder"}
+# Their headers are whole, so an ingest that looks at no pixels finds nothing wrong with them.
+DAMAGED_PIXELS = {"dicom/broken/JPEG2000-embedded-sequence-delimiter.dcm", "dicom/pydicom/JPEG-lossy.dcm"}
+# Structure sets that refer to images that are not here.
+WITHOUT_IMAGES = {"rtstruct/pydicom-rtstruct-no-preamble.dcm": 4, "rtstruct/rt-utils/invalid_reference_rt.dcm": 3}
+
+
+class Ingested(NamedTuple):
+    """A database with all files."""
+
+    url: str
+    summary: Summary
+
+
+def _ingested(server_url: str, template: str, home: Path, hashing: Any) -> Iterator[Ingested]:
+    name = f"all_{uuid.uuid4().hex[:8]}"
+    _create(server_url, name, template)
+    url = _named(server_url, name)
+    try:
+        with pytest.MonkeyPatch.context() as patch, database.open_database(url) as made:
+            patch.setenv("CATALOG_HOME", str(home))
+            summary = ingest.ingest(made, DATA, hashing=hashing)
+        yield Ingested(url, summary)
+    finally:
+        with psycopg.connect(server_url, autocommit=True) as conn:
+            conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="module")
+def full(server_url: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ingested]:
+    """All files, hashed: not to be changed."""
+    yield from _ingested(server_url, template, tmp_path_factory.mktemp("full"), "full")
+
+
+@pytest.fixture(scope="module")
+def bare(server_url: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ingested]:
+    """All files, without any hash: not to be changed."""
+    yield from _ingested(server_url, template, tmp_path_factory.mktemp("bare"), "none")
+
+
+def ask(url: str, query: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url, autocommit=True) as conn:
+        return conn.execute(query).fetchall()  # type: ignore[arg-type]
+
+
+def manifest() -> dict[str, dict[str, str]]:
+    with (DATA / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def work(conn: psycopg.Connection[Any], nth: int) -> list[Sample]:
+    """Return the daemon's own rows for all images, each from its nth location; a table that hides `epoch_order` holds their order."""
+    conn.execute("UPDATE location SET preferred = false WHERE preferred")
+    conn.execute(
+        "UPDATE location l SET preferred = true FROM (SELECT image_id, file_id, row_number() OVER (PARTITION BY image_id ORDER BY file_id) AS n "
+        "FROM location) o WHERE (l.image_id, l.file_id, %s::bigint) = (o.image_id, o.file_id, o.n)",
+        [nth],
+    )
+    ids = [number for (number,) in conn.execute("SELECT image_id FROM location WHERE preferred ORDER BY image_id")]
+    conn.execute("CREATE TEMP TABLE epoch_order (epoch_id bigint, part integer, sample_ids bigint[], annotation_ids bigint[])")
+    for part in range(0, len(ids), 1024):
+        conn.execute("INSERT INTO pg_temp.epoch_order VALUES (0, %s, %s, '{}')", [part // 1024, ids[part : part + 1024]])
+    asked = {"epoch": 0, "first": 0, "end": len(ids), "part": 1024, "positions": f"{{[0,{len(ids)})}}"}
+    rows = conn.execute(work_query(0), asked).fetchall()
+    conn.rollback()
+    assert len(rows) == len(ids)
+    return [Sample.parse(json.loads(row)) for row, _ in rows]
+
+
+def all_samples(url: str) -> dict[str, list[Sample]]:
+    """Return path → its samples in the order of its frames, at every location of every image."""
+    found: dict[str, list[Sample]] = defaultdict(list)
+    with psycopg.connect(url) as conn:
+        (most,) = conn.execute("SELECT max(n) FROM (SELECT count(*) AS n FROM location GROUP BY image_id) x").fetchone() or (0,)
+        for nth in range(1, most + 1):
+            for sample in work(conn, nth):
+                found[sample.path].append(sample)
+    return {path: sorted(samples, key=lambda sample: sample.frame) for path, samples in found.items()}
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    layout = Layout(1, 0, 1, 1, "float32", 1)
+    fd = create(layout)
+    made = Decoder(fd, os.open(os.devnull, os.O_RDONLY), layout, blank=False)
+    os.close(fd)
+    yield made
+    made.close()
+
+
+def read(decoder: Decoder, sample: Sample, dtype: str = "float32") -> tuple[NDArray[Any], Any]:
+    """Return an image as a worker reads it, and "fast", None or what is wrong."""
+    image = np.full((sample.rows, sample.columns), np.nan, dtype)
+    changed: list[list[Any]] = []
+    problem = decoder._read(sample, image, changed)
+    assert not changed
+    return image, problem
+
+
+def test_which_layout_took_what(full: Ingested, capsys: pytest.CaptureFixture[str]) -> None:
+    """One ingest, no option: four layouts share the tree; what is no image, contour, volume or table is left over, and nothing else."""
+    summary, rows = full.summary, manifest()
+    assert summary.layout == "sunnybrook+nifti+idx+dicom"
+    assert [chosen.partition(" (")[0] for chosen in summary.chosen] == ["sunnybrook", "nifti", "idx", "dicom"]
+    assert "sunnybrook/final_data: link.csv" in summary.chosen[0]
+    took = {path: form for path, form in ask(full.url, "SELECT path, format FROM file")}
+    kinds = Counter((rows[path]["kind"], form) for path, form in took.items())
+    assert kinds == {("dicom", "dicom"): 627, ("contour", "contour"): 54, ("nifti", "nifti"): 43, ("idx.gz", "idx"): 2}
+    assert {path for path in rows.keys() - took.keys()} == {
+        "dicom/dicomdir-tree/DICOMDIR",
+        "seg/dcmqi-24x38x3/nrrd/label.nrrd",
+        "sunnybrook/final_data/link.csv",
+        "sunnybrook/strays/.IM-0001-0048-icontour-manual.txt.swp",
+    }
+    assert summary.left_over == len([path for path in DATA.rglob("*") if path.is_file()]) - len(took) - 2  # the hidden one, and link.csv
+    assert (summary.images, summary.proposed, summary.unpaired) == (11673, 0, 7)
+    (counts,) = ask(full.url, "SELECT count(*), count(byte_offset) FROM location")
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{summary.files_read} files in {summary.seconds:.1f} s: pydicom read the header of {summary.fell_back} "
+            f"({summary.fell_back / kinds['dicom', 'dicom']:.1%} of the DICOM files); {counts[1]} of {counts[0]} locations by offset\n"
+        )
+
+
+def test_every_value_as_the_feed_gives_it(
+    full: Ingested, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worker's reader, with the daemon's own rows, gives the manifest's pixels for every grey file, and their values after rescale.
+
+    Each of several files with one image is read, not the preferred one alone. Colour is refused in words; its pixels are right all
+    the same through `decode_frame`.
+    """
+    monkeypatch.setattr(decode, "RETRY_S", 0)
+    rows, samples = manifest(), all_samples(full.url)
+    dicoms = {path for path, row in rows.items() if row["kind"] == "dicom" and row["decode"] == "ok"}
+    objects = {path for (path,) in ask(full.url, "SELECT path FROM file WHERE kind <> 'image' AND format = 'dicom'")}  # SEG
+    assert {path for path in samples if rows[path]["kind"] == "dicom"} == dicoms - objects - set(BROKEN)
+    assert dicoms & set(BROKEN) == {"dicom/pydicom/liver_1frame.dcm"}
+    fast = grey = colour = 0
+    for path in sorted(dicoms & samples.keys()):
+        row, frames = rows[path], []
+        for sample in samples[path]:
+            image, problem = read(decoder, replace(sample, slope=1.0, intercept=0.0), "float64")
+            if row["photo"] in ("MONOCHROME1", "MONOCHROME2"):
+                assert problem in ("fast", None), (path, problem)
+                grey += 1
+                fast += problem == "fast"
+                values, _ = read(decoder, sample)
+                expected = (image * sample.slope + sample.intercept).astype(np.float32)
+                np.testing.assert_array_equal(values, expected, err_msg=path)
+                if row["slope"] or row["intercept"]:
+                    assert (sample.slope, sample.intercept) == (float(row["slope"] or 1), float(row["intercept"] or 0)), path
+                frames.append(image)
+            elif problem is None or problem == "fast":  # a palette's indices
+                raise AssertionError(path)
+            else:
+                code, message = problem
+                assert code == "shape", (path, problem)
+                assert f"not to the catalogued {sample.rows}×{sample.columns}" in message
+                colour += 1
+                frames.append(dicom.decode_frame(DATA / path, sample.frame))
+        whole = np.stack(frames) if row["frames"] not in ("", "1") else frames[0]
+        stored = whole.astype(np.dtype(row["dtype"]).newbyteorder("<"))
+        assert (stored == whole).all()
+        assert "x".join(map(str, stored.shape)) == row["shape"], path
+        assert (float(stored.min()), float(stored.max())) == (float(row["min"]), float(row["max"])), path
+        assert hashlib.sha256(stored.tobytes()).hexdigest()[:16] == row["pixsha"], path
+    with capsys.disabled():
+        sys.stdout.write(f"\n{grey} grey DICOM images read as fed, {fast} ({fast / grey:.1%}) by offset; {colour} in colour refused\n")
