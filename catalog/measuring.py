@@ -72,11 +72,14 @@ HASH = """
 UPDATE image i SET pixel_hash = m.pixel_hash FROM measured m WHERE i.id = m.image_id AND m.pixel_hash IS NOT NULL AND i.pixel_hash IS NULL
 RETURNING i.id, i.instance_id
 """
+CONTENTS = """
+SELECT i.instance_id, sha256(string_agg(i.pixel_hash, ''::bytea ORDER BY i.frame)) FROM image i JOIN instance n ON n.id = i.instance_id
+WHERE i.instance_id = ANY(%(instances)s) AND n.content_hash IS NULL
+GROUP BY i.instance_id, n.number_of_frames HAVING count(i.pixel_hash) = n.number_of_frames
+"""
+# Apart from the SELECT: in one statement PostgreSQL took 35 s for what are 0.1 s, while it had no statistics of these columns yet.
 CONTENT = """
-UPDATE instance n SET content_hash = c.hash FROM (
-    SELECT i.instance_id, count(*) AS frames, sha256(string_agg(i.pixel_hash, ''::bytea ORDER BY i.frame)) AS hash
-    FROM image i WHERE i.instance_id = ANY(%(instances)s) GROUP BY i.instance_id HAVING bool_and(i.pixel_hash IS NOT NULL)) c
-WHERE n.id = c.instance_id AND n.content_hash IS NULL AND n.number_of_frames = c.frames AND NOT EXISTS (
+UPDATE instance n SET content_hash = c.hash FROM unnest(%s::bigint[], %s::bytea[]) AS c (id, hash) WHERE n.id = c.id AND NOT EXISTS (
     SELECT FROM instance o WHERE o.series_id = n.series_id AND o.sop_instance_uid = n.sop_instance_uid AND o.content_hash = c.hash)
 """
 # Those whose sample_key depends on their pixels.
@@ -249,11 +252,12 @@ def _write(conn: psycopg.Connection[Any], batch: Sequence[Outcome], summary: Sum
         summary.measured += len(measured) - outdated
         conn.execute(MEASURE)
         # Asked first: even an UPDATE of no row counts as a change of the catalog, for which a daemon plans its next epoch again.
-        if any(one.pixel_hash is not None for one in measured):
+        if True:
             hashed = conn.execute(HASH).fetchall()
             summary.hashed += len(hashed)
             touched = {"images": [image_id for image_id, _ in hashed], "instances": list({instance_id for _, instance_id in hashed})}
-            conn.execute(CONTENT, touched)
+            if contents := conn.execute(CONTENTS, touched).fetchall():
+                conn.execute(CONTENT, [list(column) for column in zip(*contents, strict=True)])
             if keyed := conn.execute(KEYED_BY_PIXELS, touched).fetchall():
                 images.settle(conn, 0, [], [image_id for (image_id,) in keyed])
     unreadable: dict[int, Left] = {}
@@ -350,7 +354,7 @@ def measure_images(items: Sequence[Item]) -> list[Outcome]:
 def _measure_file(items: list[Item], scratch: npt.NDArray[np.uint8]) -> list[Outcome]:
     """Measure images of one file; `scratch` has room for each that is read by offset."""
     first = items[0]
-    path = Path(first.root, first.path)
+    path = f"{first.root}/{first.path}"
     opened: list[int] = []
     found: list[Outcome] = []
     try:
@@ -360,10 +364,10 @@ def _measure_file(items: list[Item], scratch: npt.NDArray[np.uint8]) -> list[Out
         if first.coding:
             from catalog import cache
 
-            opened.append(cache.decompressed(path, first.coding, first.size, first.mtime_ns))
+            opened.append(cache.decompressed(Path(path), first.coding, first.size, first.mtime_ns))
         for item in items:
             if item.dtype is None:
-                found.append(_decoded(item, path))
+                found.append(_decoded(item, Path(path)))
             else:
                 stored = _by_offset(item, opened[-1], scratch)
                 found.append(Measured(item, _hash(stored) if item.to_hash else None, statistics(stored, item.slope, item.intercept)))

@@ -33,6 +33,7 @@ WORK_STRIDE = 1 << 36  # bytes of a slot's part of the work file: sparse, so onl
 BLOCK = 8_192  # values rescaled at a time in float64: 64 KiB of scratch
 RETRY_S = 0.05
 VOLUMES = 32  # decompressed files that a worker keeps open
+COLOUR = "a colour image, and only grey ones are fed; leave it out of the stream"
 CHANGED = "the file is not what was catalogued; run `catalog ingest` on its root again"
 
 
@@ -209,7 +210,7 @@ class Decoder:
         assert sample.dtype is not None
         values = stored.view(sample.dtype)
         if values.size != image.size:  # colour
-            raise FileError("shape", f"has {values.size} values where an image of {sample.rows}×{sample.columns} has {image.size}")
+            raise FileError("shape", COLOUR if values.size == 3 * image.size else f"has {values.size} values where {image.size} were catalogued")
         if sample.bits_stored is not None:  # PS3.5 8.1.1: what lies above is no part of the value
             unused = 8 * values.itemsize - sample.bits_stored
             values <<= unused
@@ -275,6 +276,8 @@ class Decoder:
             image[...] = dicom.decode_values(path, sample.frame)
             return
         stored = (raster if sample.format == "raster" else dicom).decode_frame(path, sample.frame)
+        if stored.shape == (*image.shape, 3):
+            raise FileError("shape", COLOUR)
         if stored.shape != image.shape:
             raise FileError("shape", f"decodes to {'×'.join(map(str, stored.shape))}, not to the catalogued {sample.rows}×{sample.columns}")
         self._rescale(stored, sample, image)

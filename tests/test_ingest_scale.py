@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -98,7 +97,7 @@ def kill_at_random(
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        f"from catalog import ingest, pairings\ningest.FILES_PER_COMMIT = {files_per_commit}\npairings.MASKS_PER_COMMIT = {files_per_commit}\n"
+        f"from catalog import ingest, pairings\ningest.FILES_PER_COMMIT = pairings.MASKS_PER_COMMIT = {files_per_commit}\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
@@ -108,49 +107,50 @@ def kill_at_random(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", start_new_session=True
         )
 
-    begun = time.monotonic()
     whole = start(undisturbed := new_database())
     _, said = whole.communicate(timeout=600)
     assert whole.returncode == 0, said
-    took = time.monotonic() - begun
     with database.open_database(undisturbed) as db:
         expected = digest.digest(db)
+    files = expected[1]["file"].rows
     assert expected[1]["mask"].rows > 0
 
-    chance = random.Random(seed)
-    killed = found_part = through = 0
-    url = new_database()
-    while killed < kills:
-        process = start(url)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0.1, took))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL) if chance.random() < 0.5 else os.killpg(process.pid, signal.SIGKILL)
-        _, said = process.communicate()
-        assert wait_until(lambda process=process: group(process.pid) == [])  # type: ignore[misc]
-        if process.returncode == -signal.SIGKILL:
-            killed += 1
-            with psycopg.connect(url) as conn:
-                here, without = ask(
-                    conn,
-                    "SELECT count(*), count(*) FILTER (WHERE kind = 'image' AND NOT EXISTS (SELECT FROM location WHERE file_id = file.id)) "
-                    "FROM file",
-                )[0]
-            assert without == 0
-            found_part += 0 < here < expected[1]["file"].rows
-            continue
+    def through(url: str, process: subprocess.Popen[str]) -> None:
+        _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
         with database.open_database(url) as db:
             assert digest.digest(db) == expected
-        through += 1
-        url = new_database()
-    last = start(url)
-    _, said = last.communicate(timeout=600)
-    assert last.returncode == 0, said
-    with database.open_database(url) as db:
-        assert digest.digest(db) == expected
-    print(f"{killed} kills, {found_part} of them in the middle of the files, {through + 1} ingests through; undisturbed {took:.1f} s")
-    assert found_part  # else the moments were none
+
+    chance = random.Random(seed)
+    killed = midway = here = 0
+    url = new_database()
+    while killed < kills:
+        process = start(url)
+        moment = here + chance.random() * files / 3  # of the second third pairs and masks are written, or it is through
+        with psycopg.connect(url, autocommit=True) as conn:
+            assert wait_until(lambda: process.poll() is not None or ask(conn, "SELECT count(*) FROM file")[0][0] >= min(moment, files), 300)  # noqa: B023
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(chance.random() * 0.4)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL) if chance.random() < 0.5 else os.killpg(process.pid, signal.SIGKILL)
+            if process.wait() == -signal.SIGKILL:
+                process.communicate()
+                assert wait_until(lambda: group(process.pid) == [])  # noqa: B023
+                killed += 1
+                [(here, torn)] = ask(conn, COMMITTED)
+                assert torn == 0
+                midway += 0 < here < files
+                continue
+        through(url, process)
+        url, here = new_database(), 0
+    through(url, start(url))
+    assert midway >= kills // 3  # else the moments were none
+
+
+# How many files are there, and how many images of which only a part is.
+COMMITTED = """
+SELECT count(*), count(*) FILTER (WHERE kind = 'image' AND NOT EXISTS (SELECT FROM location l WHERE l.file_id = f.id)) FROM file f
+"""
 
 
 def test_killed_at_random_moments(new_database: Callable[[], str], tmp_path: Path) -> None:
@@ -187,7 +187,6 @@ def find_changes(tree: Path, images: int, conn: Conn, url: str, take_in: Callabl
     assert take_in(tree).files_read == files
     before, written = tuples(conn), _written(conn)
     again = take_in(tree)
-    print(f"again: {files / again.seconds:,.0f} files/s")
     assert (again.files_read, again.moved, again.missing) == (0, 0, 0)
     assert tuples(conn) == before and _written(conn) == written
 
@@ -289,5 +288,4 @@ def test_memory_stays_flat(database_url: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1_800, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    print({name: value for name, value in found.items() if name != "samples"})
     assert found["last_tenth_kib"] <= 1.1 * found["first_tenth_kib"]

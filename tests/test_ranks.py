@@ -360,6 +360,8 @@ def test_revocation_acts_within_the_epoch(ingested: str, conn: psycopg.Connectio
         rest: list[list[list[int]]] = [[], []]
         for batch in iterator:
             rest[batch.epoch].append(batch.sample_ids.tolist())
+            now = conn.execute("SELECT twice FROM epoch_coverage WHERE run = 'r' AND epoch = 0").fetchone()
+            assert now == (0,)  # at any moment a position has one outcome
         assert feed.num_samples < N
     first = flat(seen + rest[0])
     gone = {sample for sample, patient in patients.items() if patient == "SYN0002"}
@@ -371,6 +373,16 @@ def test_revocation_acts_within_the_epoch(ingested: str, conn: psycopg.Connectio
     assert row == (N, len(first), N - len(first), 0, 0)
     told = conn.execute("SELECT DISTINCT run FROM sample_history WHERE patient = 'SYN0002'").fetchall()
     assert told == [("r",)] or not gone & set(first)
+
+
+def test_what_is_acknowledged_is_written_under_way(ingested: str, conn: psycopg.Connection) -> None:
+    """Within a few seconds, though the reservation is not through: a crash of everything loses no more than that."""
+    with Feed(structures=["inner"], batch_size=2, seed=3, slots=2, run="r") as feed:
+        iterator = feed.epochs(1)
+        for _ in range(3):
+            next(iterator)
+        acknowledged = "SELECT acknowledged FROM epoch_coverage WHERE run = 'r'"
+        assert wait_until(lambda: conn.execute(acknowledged).fetchone() == (4,))
 
 
 def test_revocation_keeps_the_shape_where_asked_to(ingested: str, conn: psycopg.Connection, catalog: Run) -> None:
