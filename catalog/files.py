@@ -59,7 +59,7 @@ def moved(conn: psycopg.Connection[Any], root_id: int, gone: Mapping[int, list[s
     hashed (``--hash none``) a moved file is a new one; its images are known by their UIDs all the same.
     """
     new = {(result.entry.size, result.content_hash): result.entry.path for result in results if result.content_hash is not None}
-    paths = [path for size, _ in new for path in gone.get(size, ())]
+    paths = [path for size in {size for size, _ in new} for path in gone.get(size, ())]
     if not paths:
         return {}
     found: dict[str, str] = {}

@@ -146,11 +146,12 @@ ON CONFLICT DO NOTHING
 """
 
 
-# One UID, and nothing is known of the pixels: they are looked at now. A file that is read again under its own path is no second one.
+# One UID, and nothing is known of the pixels: they are looked at now, and those of images without a UID, which nothing else tells
+# apart. A file that is read again under its own path is no second one.
 UNCOMPARED = """
 SELECT DISTINCT s.path, s.sop_instance_uid FROM staged s
-WHERE s.content_hash IS NULL AND s.frame = 0 AND s.sop_instance_uid <> '' AND (
-    s.sop_instance_uid IN (SELECT o.sop_instance_uid FROM staged o WHERE o.frame = 0 GROUP BY 1 HAVING count(*) > 1)
+WHERE s.content_hash IS NULL AND s.frame = 0 AND (
+    s.sop_instance_uid = '' OR s.sop_instance_uid IN (SELECT o.sop_instance_uid FROM staged o WHERE o.frame = 0 GROUP BY 1 HAVING count(*) > 1)
     OR EXISTS (SELECT FROM instance n WHERE n.sop_instance_uid = s.sop_instance_uid AND (n.content_hash IS NOT NULL OR EXISTS (
         SELECT FROM image i JOIN location l ON l.image_id = i.id JOIN file f ON f.id = l.file_id
         WHERE i.instance_id = n.id AND (f.root_id, f.path) <> (%(root)s, s.path)))))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -33,10 +34,11 @@ TASKS_AT_ONCE = 16
 IMAGES_PER_PAGE = 8_192
 IMAGES_PER_COMMIT = 4_096
 SECONDS_PER_COMMIT = 10.0  # where decoding is slow
+CHUNK = 1 << 20
 BINS = 256
 MOST_LEVELS = 1 << 20  # whole numbers are counted value by value where they span no more than this, as all of 16 bits do
 # What is wrong with this machine, and not with the file.
-NOT_THE_FILE = ("changed", "missing", "no-decoder", "cache-limit", "cache-full", "cache-unusable")
+NOT_THE_FILE = ("changed", "missing", "no-access", "no-decoder", "cache-limit", "cache-full", "cache-unusable")
 
 # An image whose file was found unreadable is looked at again once that flag is closed: by an ingest of another file, or by a person.
 TODO = """
@@ -252,7 +254,7 @@ def _write(conn: psycopg.Connection[Any], batch: Sequence[Outcome], summary: Sum
         summary.measured += len(measured) - outdated
         conn.execute(MEASURE)
         # Asked first: even an UPDATE of no row counts as a change of the catalog, for which a daemon plans its next epoch again.
-        if True:
+        if any(one.pixel_hash is not None for one in measured):
             hashed = conn.execute(HASH).fetchall()
             summary.hashed += len(hashed)
             touched = {"images": [image_id for image_id, _ in hashed], "instances": list({instance_id for _, instance_id in hashed})}
@@ -354,39 +356,63 @@ def measure_images(items: Sequence[Item]) -> list[Outcome]:
 def _measure_file(items: list[Item], scratch: npt.NDArray[np.uint8]) -> list[Outcome]:
     """Measure images of one file; `scratch` has room for each that is read by offset."""
     first = items[0]
-    path = f"{first.root}/{first.path}"
-    opened: list[int] = []
     found: list[Outcome] = []
     try:
-        opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        if _changed(opened[0], first):
+        with contextlib.ExitStack() as stack:
+            descriptor, path = _opened(first, any(item.dtype is None for item in items), stack)
+            for item in items:
+                if item.dtype is None:
+                    found.append(_decoded(item, path))
+                else:
+                    stored = _by_offset(item, descriptor, scratch)
+                    found.append(Measured(item, _hash(stored) if item.to_hash else None, statistics(stored, item.slope, item.intercept)))
+        if "://" not in first.root and _changed(os.stat(path), first):
             return [Left(item, *CHANGED) for item in items]
-        if first.coding:
-            from catalog import cache
-
-            opened.append(cache.decompressed(Path(path), first.coding, first.size, first.mtime_ns))
-        for item in items:
-            if item.dtype is None:
-                found.append(_decoded(item, Path(path)))
-            else:
-                stored = _by_offset(item, opened[-1], scratch)
-                found.append(Measured(item, _hash(stored) if item.to_hash else None, statistics(stored, item.slope, item.intercept)))
-        if _changed(opened[0], first):
-            return [Left(item, *CHANGED) for item in items]
+    except FileNotFoundError:
+        return _left(items, found, "missing", "it was taken away while it was read; run `catalog ingest` on its root again")
     except OSError as error:
-        if opened and not isinstance(error, FileNotFoundError):
-            return _left(items, found, "unreadable", f"{error.strerror} while its pixels were read")
-        return _left(items, found, "missing", f"{error.strerror}; give read access, or run `catalog ingest` on its root again")
+        return _left(items, found, "unreadable", f"{error.strerror} while its pixels were read")
     except FileError as error:
         return _left(items, found, error.code, str(error))
     except CatalogError:
         raise  # a setting of this machine that cannot be right
     except Exception as error:  # one file of a million must not stop the others; the text could hold a value of its header
         return _left(items, found, "reader-failed", f"decoding it failed with {type(error).__name__}")
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
     return found
+
+
+def _opened(item: Item, decode: bool, stack: contextlib.ExitStack) -> tuple[int, Path]:
+    """Return a descriptor to read an image's file from by offset, and a path by which a decoder can open it, until the stack is closed.
+
+    Raises:
+        FileError: ``missing``, ``changed`` or ``no-access``; as `cache.decompressed`.
+    """
+    if "://" in item.root:
+        from catalog import remote
+
+        descriptor = remote.fetched(item.root, item.path, item.size, item.mtime_ns, item.coding)
+        stack.callback(os.close, descriptor)
+        if not decode:
+            return descriptor, Path()
+        copy = stack.enter_context(tempfile.TemporaryFile())  # in the cache other bytes follow, which a decoder would take for its own
+        for start in range(0, item.size, CHUNK):
+            copy.write(os.pread(descriptor, min(CHUNK, item.size - start), start))
+        copy.flush()
+        return descriptor, remote.path_of(copy.fileno())
+    path = f"{item.root}/{item.path}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileError("missing", f"{error.strerror}; give read access, or run `catalog ingest` on its root again") from None
+    stack.callback(os.close, descriptor)
+    if _changed(os.fstat(descriptor), item):
+        raise FileError(*CHANGED)
+    if item.coding:
+        from catalog import cache
+
+        descriptor = cache.decompressed(Path(path), item.coding, item.size, item.mtime_ns)
+        stack.callback(os.close, descriptor)
+    return descriptor, Path(path)
 
 
 def _left(items: list[Item], found: list[Outcome], code: str, message: str) -> list[Outcome]:
@@ -394,8 +420,7 @@ def _left(items: list[Item], found: list[Outcome], code: str, message: str) -> l
     return [*found, *(Left(item, code, message) for item in items[len(found) :])]
 
 
-def _changed(descriptor: int, item: Item) -> bool:
-    status = os.fstat(descriptor)
+def _changed(status: os.stat_result, item: Item) -> bool:
     return (status.st_size, status.st_mtime_ns) != (item.size, item.mtime_ns)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pydicom import Dataset, dcmread
@@ -104,6 +104,8 @@ def open_flags(conn: Conn) -> list[tuple[Any, ...]]:
 
 
 WHOLE = st.sampled_from(["u1", "i1", "<u2", "<i2", ">i2", "<i4", "<u4"])
+# More levels than bins, each another number of times: it shows in which bin each lies.
+MANY = np.repeat(np.arange(300, dtype="<i2"), np.arange(300) % 5 + 1)
 SHAPES = arrays.array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=9)
 
 
@@ -112,6 +114,8 @@ SHAPES = arrays.array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=9)
     slope=st.sampled_from([1.0, 2.0, 0.5, -1.0, -0.25]),
     intercept=st.integers(-2000, 2000),
 )
+@example(MANY, 1.0, 0)
+@example(MANY, -0.25, 7)
 def test_statistics_of_whole_numbers(stored: np.ndarray[Any, Any], slope: float, intercept: int) -> None:
     """Of any whole numbers, minimum, maximum, mean, deviation, entropy and saturation are those of the values after the transform."""
     assert same(statistics(stored, slope, float(intercept)), expected(stored, slope, float(intercept)))
@@ -158,6 +162,9 @@ def test_like_a_full_ingest(
         "JOIN location l ON l.image_id = i.id JOIN file f ON f.id = l.file_id ORDER BY 1, 2"
     )
     take_in(folder)
+    # As if ingest had not looked at the one without a UID.
+    conn.execute("UPDATE instance SET content_hash = NULL")
+    conn.execute("UPDATE image SET pixel_hash = NULL, sample_key = gen_random_uuid() WHERE pixel_hash IS NOT NULL")
     assert conn.execute("SELECT count(pixel_hash) FROM image").fetchone() == (0,)
     found = measure()
     assert (found.images, found.measured, found.hashed, found.not_measured) == (48, 48, 48, 0)
@@ -419,6 +426,27 @@ def test_gzipped_idx(tmp_path: Path, conn: Conn, take_in: TakeIn, measure: Measu
         image = images[int(name.rpartition(" ")[2])]
         assert same(numbers, expected(image))
         assert pixel_hash == hashlib.sha256(image.astype("<i2").tobytes()).digest()
+
+
+def test_remote_root(studies: Path, tmp_path: Path, conn: Conn, take_in: TakeIn, measure: Measure) -> None:
+    """Objects of a bucket are measured as their files are, by offset and decoded; one that is gone is left, without a flag."""
+    fsspec = pytest.importorskip("fsspec")
+    folder = tmp_path / "arrived"
+    shutil.copytree(studies, folder)
+    images = sorted(folder.rglob("*.dcm"))
+    compressed(images[0], images[0])
+    system = fsspec.filesystem("memory")
+    system.put(str(folder), "/bucket/measured", recursive=True)
+    try:
+        take_in("memory://bucket/measured")
+        system.rm(f"/bucket/measured/{images[1].relative_to(folder)}")
+        found = measure()
+    finally:
+        system.rm("/bucket", recursive=True)
+    assert (found.measured, found.flagged, [key.split(":")[0] for key in found.left]) == (47, 0, ["no-access"])
+    for name, (pixel_hash, *numbers) in rows(conn).items():
+        stored = dcmread(folder / name.rpartition(" ")[0]).pixel_array
+        assert same(numbers, expected(stored)) and pixel_hash == hashlib.sha256(stored.astype("<i2").tobytes()).digest()
 
 
 def test_modality_lut(studies: Path, tmp_path: Path, conn: Conn, take_in: TakeIn, measure: Measure) -> None:
