@@ -74,7 +74,7 @@ CONTENT = {
             SELECT {INSTANCE_KEY}, i.frame FROM {IMAGE}
             WHERE i.id IN (g.image_id, p.image_id)) shown ON true
         LEFT JOIN series se ON se.id = g.series_id LEFT JOIN study st ON st.id = g.study_id LEFT JOIN patient pt ON pt.id = g.patient_id
-        WHERE g.state = 'open' OR g.closed_by NOT IN ('ingest', 'loaderd')""",
+        WHERE g.state = 'open' OR g.closed_by NOT IN ('ingest', 'loaderd', 'measure')""",
 }
 
 # The binary form of a row depends on no setting of the session. By the first byte, since one value holds at most 1 GB.

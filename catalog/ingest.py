@@ -37,8 +37,9 @@ LAST_RUN = "SELECT id, state FROM ingest_run WHERE root_id = %s ORDER BY id DESC
 # installed, a disk came back. What is damaged is read again once it changes, or by `catalog runs retry`.
 UNREADABLE = """
 SELECT f.path, g.detail FROM flag g JOIN file f ON f.id = g.file_id
-WHERE f.root_id = %(root)s AND g.state = 'open' AND (g.rule = 'FEED-UNREADABLE' OR g.rule = 'FILE-UNREADABLE' AND (
-    %(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died', 'reader-failed', 'cache-full', 'changed')))
+WHERE f.root_id = %(root)s AND g.state = 'open' AND g.raised_by <> 'measure' AND (g.rule = 'FEED-UNREADABLE'
+    OR g.rule = 'FILE-UNREADABLE' AND (%(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died', 'reader-failed',
+        'cache-full', 'changed')))
 """
 
 # What ingests found and what is still so, whenever it was found; what is wrong with the tree itself comes from the tree.
@@ -252,7 +253,7 @@ def _differing(
     conn: psycopg.Connection[Any], run: Run, wanted: Mapping[str, Image | Annotation], *, again: bool
 ) -> tuple[list[Image | Annotation], dict[int, list[str]]]:
     """Return what is new or changed and must be read, and by size the paths of files that are not there any more."""
-    rows = conn.execute("SELECT path, size, mtime_ns, state, read_as FROM file WHERE root_id = %s", [run.root_id], binary=True)
+    rows = conn.execute("SELECT path, size, mtime_ns, state, read_as FROM file WHERE root_id = %s", [run.root_id], binary=True).fetchall()
     unreadable = dict(conn.execute(UNREADABLE, {"root": run.root_id, "all": again}).fetchall())
     gone: dict[int, list[str]] = {}
     same = set()

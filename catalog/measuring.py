@@ -366,7 +366,7 @@ def _measure_file(items: list[Item], scratch: npt.NDArray[np.uint8]) -> list[Out
                 else:
                     stored = _by_offset(item, descriptor, scratch)
                     found.append(Measured(item, _hash(stored) if item.to_hash else None, statistics(stored, item.slope, item.intercept)))
-        if "://" not in first.root and _changed(os.stat(path), first):
+        if "://" not in first.root and _changed(path.stat(), first):
             return [Left(item, *CHANGED) for item in items]
     except FileNotFoundError:
         return _left(items, found, "missing", "it was taken away while it was read; run `catalog ingest` on its root again")
@@ -394,7 +394,8 @@ def _opened(item: Item, decode: bool, stack: contextlib.ExitStack) -> tuple[int,
         stack.callback(os.close, descriptor)
         if not decode:
             return descriptor, Path()
-        copy = stack.enter_context(tempfile.TemporaryFile())  # in the cache other bytes follow, which a decoder would take for its own
+        # In the cache other bytes follow, which a decoder would take for its own.
+        copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         for start in range(0, item.size, CHUNK):
             copy.write(os.pread(descriptor, min(CHUNK, item.size - start), start))
         copy.flush()

@@ -200,10 +200,13 @@ WRITE: tuple[str, ...] = (
 )
 
 # Of each annotation its newest version: id, whether it is current, whether its file holds the same still (NULL: nothing under that key).
+# What a table or a pattern says about an unchanged file, its structure above all, is a part of that.
 LAST_VERSION = """
-SELECT DISTINCT ON (a.file_id, a.source_key) a.id, a.current, (a.content_hash, a.refers_to) = (d.content_hash, d.refers_to)
+SELECT DISTINCT ON (a.file_id, a.source_key) a.id, a.current,
+       CASE WHEN d.path IS NOT NULL THEN (a.content_hash, a.refers_to, s.name, r.name, a.convention, a.label)
+           IS NOT DISTINCT FROM (d.content_hash, d.refers_to, d.structure, d.reader, d.convention, d.label) END
 FROM unnest(%(paths)s::text[]) AS read (path) JOIN file f ON f.root_id = %(root)s AND f.path = read.path
-JOIN annotation a ON a.file_id = f.id
+JOIN annotation a ON a.file_id = f.id JOIN structure s ON s.id = a.structure_id JOIN reader r ON r.id = a.reader_id
 LEFT JOIN drawn_staged d ON d.path = f.path AND d.source_key = a.source_key
 ORDER BY a.file_id, a.source_key, a.version DESC
 """

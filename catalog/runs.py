@@ -151,7 +151,7 @@ AGAINST = {
         WHERE a.ingest_run_id > %(run)s AND a.id NOT IN (TABLE gone_annotation) AND p.state <> 'rejected'""",
     "{} open flags on it were raised by people; close them first (`catalog flag list`)": """
         SELECT count(*) FROM flag f LEFT JOIN pairing p ON p.id = f.pairing_id
-        WHERE f.state = 'open' AND f.raised_by NOT IN ('ingest', 'loaderd') AND (
+        WHERE f.state = 'open' AND f.raised_by NOT IN ('ingest', 'loaderd', 'measure') AND (
             f.file_id IN (TABLE gone_file) OR coalesce(f.image_id, p.image_id) IN (TABLE gone_image)
             OR coalesce(f.annotation_id, p.annotation_id) IN (TABLE gone_annotation))""",
 }

@@ -131,10 +131,11 @@ file = Table(
         "content_hash", LargeBinary, comment="sha256 of its bytes, or of the first 64 KiB and the size (--hash head); NULL: not asked for."
     ),
     # An object without images has no location, which else says what a file holds.
-    _ref("instance_id", "instance", "The SOP object in it, if it has no image.", nullable=True),
+    _ref("instance_id", "instance", "The SOP object in it, if it has no image.", nullable=True, index=False),
     _ref("ingest_run_id", "ingest_run", "The run that last wrote this row.", index=False),
     _ref("first_run_id", "ingest_run", "The run that first found it.", nullable=True, index=False),
     UniqueConstraint("root_id", "path"),
+    Index("ix_file_instance_id", "instance_id", postgresql_where=text("instance_id IS NOT NULL")),
     CheckConstraint("state IN ('present', 'missing', 'unreadable')", name="state"),
     CheckConstraint("kind IN ('image', 'annotation', 'other')", name="kind"),
     CheckConstraint("path <> '' AND left(path, 1) <> '/'", name="path_relative"),

@@ -210,7 +210,9 @@ class Decoder:
         assert sample.dtype is not None
         values = stored.view(sample.dtype)
         if values.size != image.size:  # colour
-            raise FileError("shape", COLOUR if values.size == 3 * image.size else f"has {values.size} values where {image.size} were catalogued")
+            raise FileError(
+                "shape", COLOUR if values.size == 3 * image.size else f"has {values.size} values where {image.size} were catalogued"
+            )
         if sample.bits_stored is not None:  # PS3.5 8.1.1: what lies above is no part of the value
             unused = 8 * values.itemsize - sample.bits_stored
             values <<= unused

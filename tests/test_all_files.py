@@ -38,8 +38,14 @@ pytestmark = pytest.mark.skipif(not (DATA / "manifest.csv").is_file(), reason=f"
 CT = "dicom/transfer-syntax-ctimage/CTImage.dcm"
 # What a radiology engineer would say of each file that cannot be used: code and beginning of the message.
 BROKEN = {
-    "dicom/broken/JPEG2000-embedded-sequence-delimiter.dcm": ("unreadable", "a compressed frame says of itself that it is 1024×3722445056×1"),
-    "dicom/broken/MR_truncated.dcm": ("truncated", "(7FE0,0010) Pixel Data has 8130 bytes where 1 frame(s) of 64×64×1 at 16 bits take 8192"),
+    "dicom/broken/JPEG2000-embedded-sequence-delimiter.dcm": (
+        "unreadable",
+        "a compressed frame says of itself that it is 1024×3722445056×1",
+    ),
+    "dicom/broken/MR_truncated.dcm": (
+        "truncated",
+        "(7FE0,0010) Pixel Data has 8130 bytes where 1 frame(s) of 64×64×1 at 16 bits take 8192",
+    ),
     "dicom/broken/UN_sequence.dcm": ("no-pixels", "(7FE0,0010) Pixel Data is missing though it says that it is CT Image Storage"),
     "dicom/broken/badVR.dcm": ("unreadable", "(0028,0008) Number of Frames is not a whole number"),
     "dicom/broken/empty_charset_LEI.dcm": ("no-pixels", "(7FE0,0010) Pixel Data is missing, and (0008,0016) SOP Class UID too"),
@@ -100,7 +106,7 @@ def bare(server_url: str, template: str, tmp_path_factory: pytest.TempPathFactor
 
 def ask(url: str, query: str) -> list[tuple[Any, ...]]:
     with psycopg.connect(url, autocommit=True) as conn:
-        return conn.execute(query).fetchall()  # type: ignore[arg-type]
+        return conn.execute(query).fetchall()
 
 
 def manifest() -> dict[str, dict[str, str]]:
@@ -112,8 +118,9 @@ def work(conn: psycopg.Connection[Any], nth: int) -> list[Sample]:
     """Return the daemon's own rows for all images, each from its nth location; a table that hides `epoch_order` holds their order."""
     conn.execute("UPDATE location SET preferred = false WHERE preferred")
     conn.execute(
-        "UPDATE location l SET preferred = true FROM (SELECT image_id, file_id, row_number() OVER (PARTITION BY image_id ORDER BY file_id) AS n "
-        "FROM location) o WHERE (l.image_id, l.file_id, %s::bigint) = (o.image_id, o.file_id, o.n)",
+        "UPDATE location l SET preferred = true FROM ("
+        "SELECT image_id, file_id, row_number() OVER (PARTITION BY image_id ORDER BY file_id) AS n FROM location) o "
+        "WHERE (l.image_id, l.file_id, %s::bigint) = (o.image_id, o.file_id, o.n)",
         [nth],
     )
     ids = [number for (number,) in conn.execute("SELECT image_id FROM location WHERE preferred ORDER BY image_id")]
@@ -163,10 +170,10 @@ def test_which_layout_took_what(full: Ingested, capsys: pytest.CaptureFixture[st
     assert summary.layout == "sunnybrook+nifti+idx+dicom"
     assert [chosen.partition(" (")[0] for chosen in summary.chosen] == ["sunnybrook", "nifti", "idx", "dicom"]
     assert "sunnybrook/final_data: link.csv" in summary.chosen[0]
-    took = {path: form for path, form in ask(full.url, "SELECT path, format FROM file")}
+    took = dict(ask(full.url, "SELECT path, format FROM file"))
     kinds = Counter((rows[path]["kind"], form) for path, form in took.items())
     assert kinds == {("dicom", "dicom"): 627, ("contour", "contour"): 54, ("nifti", "nifti"): 43, ("idx.gz", "idx"): 2}
-    assert {path for path in rows.keys() - took.keys()} == {
+    assert set(rows.keys() - took.keys()) == {
         "dicom/dicomdir-tree/DICOMDIR",
         "seg/dcmqi-24x38x3/nrrd/label.nrrd",
         "sunnybrook/final_data/link.csv",
@@ -240,7 +247,7 @@ def test_volumes_and_digits_as_the_feed_gives_them(full: Ingested, decoder: Deco
     volumes = {path for path, row in rows.items() if row["kind"] == "nifti" and "/labels/" not in path}
     assert volumes == {path for path in samples if rows[path]["kind"] == "nifti"}
     for path in sorted(volumes):
-        volume: Any = nibabel.load(DATA / path)  # type: ignore[attr-defined]
+        volume: Any = nibabel.load(DATA / path)
         values = volume.get_fdata(dtype=np.float64)
         values = values.reshape(*values.shape[:2], -1, order="F")
         assert len(samples[path]) == values.shape[2]
@@ -324,14 +331,18 @@ def test_without_hashes_the_rows_are_the_same(full: Ingested, bare: Ingested) ->
     """`--hash none` writes what `--hash full` does less the hashes; it opens no pixels, so what is damaged there alone is not seen yet."""
     for table, query in CONTENT.items():
         hashed, unhashed = (
-            Counter(row for (row,) in ask(url, f"SELECT t::text FROM ({query}) t") if not any(path in row for path in DAMAGED_PIXELS | SAME_UID))
+            Counter(
+                row for (row,) in ask(url, f"SELECT t::text FROM ({query}) t") if not any(path in row for path in DAMAGED_PIXELS | SAME_UID)
+            )
             for url in (full.url, bare.url)
         )
         assert (table, list(hashed - unhashed), list(unhashed - hashed)) == (table, [], [])
     assert {path for (path,) in ask(bare.url, "SELECT path FROM file WHERE state = 'unreadable'")} == BROKEN.keys() - DAMAGED_PIXELS
     assert ask(bare.url, "SELECT count(*) FROM file WHERE content_hash IS NOT NULL") == [(0,)]
     # Hashed are only those whose UID was met again, and what has none.
-    hashed_all = "SELECT count(*) FROM image i JOIN instance n ON n.id = i.instance_id WHERE pixel_hash IS NOT NULL AND sop_instance_uid <> ''"
+    hashed_all = (
+        "SELECT count(*) FROM image i JOIN instance n ON n.id = i.instance_id WHERE pixel_hash IS NOT NULL AND sop_instance_uid <> ''"
+    )
     assert 0 < ask(bare.url, hashed_all)[0][0] < 100
 
 

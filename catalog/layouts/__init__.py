@@ -13,8 +13,10 @@ from __future__ import annotations
 import copy
 import os
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,14 +117,16 @@ class Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.problems: list[Problem] = []
-        self.entries = sorted(self._walk(), key=lambda entry: entry.path)
+        self.entries = sorted(self._walk(), key=_path)
 
     def below(self, prefix: str) -> Tree:
         """Return what lies below a folder (its path with the last /), with paths from there."""
         if not prefix:
             return self
-        entries = [Entry(entry.path[len(prefix) :], entry.size, entry.mtime_ns) for entry in self.entries if entry.path.startswith(prefix)]
-        return self._part(self.root / prefix, entries)
+        first = bisect_left(self.entries, prefix, key=_path)
+        end = bisect_left(self.entries, f"{prefix[:-1]}0", key=_path)  # 0 comes after /
+        cut = len(prefix)
+        return self._part(self.root / prefix, [Entry(entry.path[cut:], entry.size, entry.mtime_ns) for entry in self.entries[first:end]])
 
     def without(self, prefixes: Iterable[str], paths: Set[str] = frozenset()) -> Tree:
         """Return the rest: nothing below these folders, none of these files."""
@@ -193,6 +197,9 @@ class Tree:
 
     def _refuse(self, path: str, code: str, message: str) -> None:
         self.problems.append(Problem(path.rstrip("/").encode(errors="replace").decode() or ".", code, message))
+
+
+_path = attrgetter("path")
 
 
 def _is_utf8(name: str) -> bool:

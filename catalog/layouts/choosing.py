@@ -84,17 +84,21 @@ def read(tree: Tree, parts: list[Part], options: Mapping[str, Any]) -> Found:
         below = rest.below(part.prefix)
         found = LAYOUTS[part.name].read(below, options)
         _add(whole, found, part.prefix)
+        if len(parts) == 1:
+            whole.left_over = found.left_over
+            break
         taken = {part.prefix + item.entry.path for item in (*found.images, *found.annotations)}
-        shared = len(parts) > 1
-        rest = rest.without([part.prefix] if part.prefix else [], taken) if shared else rest
-        whole.left_over = len(rest.entries) if shared and not part.prefix else whole.left_over + found.left_over
+        rest = rest.without([part.prefix] if part.prefix else [], taken)
+        whole.left_over = whole.left_over + found.left_over if part.prefix else len(rest.entries)
     return whole
 
 
 def _folders(tree: Tree) -> list[str]:
-    """Return the root and the folders near it, each with its last /, outer ones first."""
-    found = {""}
-    for entry in tree.entries:
+    """Return folders that may be a rooted layout's own, each with its last /, outer ones first."""
+    marks = [mark for module in ROOTED.values() for mark in module.MARKS]
+    marked = [entry for entry in tree.entries if any(mark in entry.path for mark in marks)]
+    found = {""} if marked else set()
+    for entry in marked:
         names = entry.path.split("/")[:-1][:DEEPEST]
         found.update("/".join(names[:depth]) + "/" for depth in range(1, len(names) + 1))
     return sorted(found, key=lambda prefix: (prefix.count("/"), prefix))

@@ -30,7 +30,7 @@ def recognises(tree: Tree) -> str | None:
     """Is there a DICOM file in it?"""
     if (sure := sum(entry.path.lower().endswith(SURE) for entry in tree.entries)) > 0:
         return f"{sure} files named as DICOM"
-    for entry in islice((entry for entry in tree.entries if _may_be(entry)), LOOKED_AT):
+    for entry in islice(filter(_may_be, tree.entries), LOOKED_AT):
         try:
             if dicom.begins(tree.start(entry.path, 132)):
                 return "files that begin as DICOM does"
@@ -42,7 +42,11 @@ def recognises(tree: Tree) -> str | None:
 def read(tree: Tree, options: Mapping[str, Any]) -> Found:
     """Return every file that may be DICOM."""
     given = dict(options)
-    images = [Image(entry, None, entry.path.lower().endswith(SURE), options=given) for entry in tree.entries if _may_be(entry)]
+    images = []
+    for entry in tree.entries:
+        sure = entry.path.lower().endswith(SURE)
+        if sure or _may_be(entry):
+            images.append(Image(entry, None, sure, options=given))
     found = Found(images=images)
     found.left_over = len(tree.entries) - len(found.images)
     return found
@@ -51,6 +55,4 @@ def read(tree: Tree, options: Mapping[str, Any]) -> Found:
 def _may_be(entry: Entry) -> bool:
     name = entry.path.rpartition("/")[2].lower()
     at = name.rfind(".")
-    if name.endswith(SURE):
-        return True
     return entry.size > 0 and name != "dicomdir" and (at < 0 or f"{name[at:]} " not in OTHERS)

@@ -39,7 +39,8 @@ class _Set:
 
 def recognises(tree: Tree) -> str | None:
     """Say why the tree holds IDX files, or None."""
-    names = [name for entry in tree.entries if (match := NAME.fullmatch(name := entry.path.rpartition("/")[2])) and match["images"]]
+    named = (entry for entry in tree.entries if "idx" in entry.path.lower())
+    names = [name for entry in named if (match := NAME.fullmatch(name := entry.path.rpartition("/")[2])) and match["images"]]
     return f"{len(names)} IDX files of images, such as {names[0]}" if names else None
 
 

@@ -46,7 +46,7 @@ class _Names:
 
 def recognises(tree: Tree) -> str | None:
     """Say why the tree holds NIfTI volumes, or None."""
-    volumes = [entry.path for entry in tree.entries if _stem(entry.path) is not None]
+    volumes = [entry.path for entry in tree.entries if ".nii" in entry.path.lower() and _stem(entry.path) is not None]
     if not volumes:
         return None
     folders = {path.rpartition("/")[0].rpartition("/")[2] for path in volumes}

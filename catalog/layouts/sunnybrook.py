@@ -52,6 +52,10 @@ CONVENTION: Literal["corner", "centre"] = "centre"
 LINK_BYTES = 64 * 1024 * 1024
 
 
+# What stands in some path of every such folder: without it nobody need look closer.
+MARKS = ("link.csv", "contours-manual/", "SCD")
+
+
 def recognises(tree: Tree) -> str | None:
     """Return why this is one of the two forms, or None."""
     if _is_arranged(tree) and any(entry.path == "link.csv" for entry in tree.entries):

@@ -55,7 +55,7 @@ def upgrade() -> None:
     add("file", sa.Column("first_run_id", big, comment="The run that first found it."))
     op.create_foreign_key(op.f("fk_file_instance_id_instance"), "file", "instance", ["instance_id"], ["id"])
     op.create_foreign_key(op.f("fk_file_first_run_id_ingest_run"), "file", "ingest_run", ["first_run_id"], ["id"])
-    op.create_index(op.f("ix_file_instance_id"), "file", ["instance_id"])
+    op.create_index("ix_file_instance_id", "file", ["instance_id"], postgresql_where=sa.text("instance_id IS NOT NULL"))
     op.drop_constraint(op.f("ck_file_kind"), "file")
     check(op.f("ck_file_kind"), "file", "kind IN ('image', 'annotation', 'other')")
     op.alter_column("file", "kind", comment="What it holds: image, annotation, or other (a plan, a report).")
