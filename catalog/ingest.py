@@ -38,8 +38,8 @@ LAST_RUN = "SELECT id, state FROM ingest_run WHERE root_id = %s ORDER BY id DESC
 UNREADABLE = """
 SELECT f.path, g.detail FROM flag g JOIN file f ON f.id = g.file_id
 WHERE f.root_id = %(root)s AND g.state = 'open' AND g.raised_by <> 'measure' AND (g.rule = 'FEED-UNREADABLE'
-    OR g.rule = 'FILE-UNREADABLE' AND (%(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died', 'reader-failed',
-        'cache-full', 'changed')))
+    OR g.rule = 'FILE-UNREADABLE' AND (%(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died',
+        'reader-failed', 'cache-full', 'changed')))
 """
 
 # What ingests found and what is still so, whenever it was found; what is wrong with the tree itself comes from the tree.
