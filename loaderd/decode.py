@@ -210,9 +210,9 @@ class Decoder:
         assert sample.dtype is not None
         values = stored.view(sample.dtype)
         if values.size != image.size:  # colour
-            raise FileError(
-                "shape", COLOUR if values.size == 3 * image.size else f"has {values.size} values where {image.size} were catalogued"
-            )
+            if values.size == 3 * image.size:
+                raise FileError("colour", COLOUR)
+            raise FileError("shape", f"has {values.size} values where {image.size} were catalogued")
         if sample.bits_stored is not None:  # PS3.5 8.1.1: what lies above is no part of the value
             unused = 8 * values.itemsize - sample.bits_stored
             values <<= unused
@@ -279,7 +279,7 @@ class Decoder:
             return
         stored = (raster if sample.format == "raster" else dicom).decode_frame(path, sample.frame)
         if stored.shape == (*image.shape, 3):
-            raise FileError("shape", COLOUR)
+            raise FileError("colour", COLOUR)
         if stored.shape != image.shape:
             raise FileError("shape", f"decodes to {'×'.join(map(str, stored.shape))}, not to the catalogued {sample.rows}×{sample.columns}")
         self._rescale(stored, sample, image)

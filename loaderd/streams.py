@@ -511,7 +511,7 @@ class Stream:
             if code == "root-missing":
                 self._end(f"{where}: sample {sample_id}: {message}; mount it again; nothing was flagged")
                 return
-            if code.startswith("cache-") or code == "no-access":
+            if code.startswith("cache-") or code in ("no-access", "colour"):
                 self._end(f"{where}: sample {sample_id}: {message}; nothing was flagged")
                 return
         epoch.unreadable += len(unreadable)
