@@ -8,7 +8,8 @@ BIN = $(VENV)/bin
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-emit-index-url
 # Tests that need no server, or our own one, or that say nothing about which one it is.
 NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py shares.py \
-	synthetic.py overlay.py ring.py isolation.py access.py))
+	synthetic.py overlay.py ring.py isolation.py access.py header.py manifest.py rtstruct.py seg.py geometry.py nifti.py idx.py cache.py \
+	raster.py table.py pattern.py layout_sunnybrook.py measure.py all_files.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint soak bench integration lock clean
@@ -29,12 +30,13 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: $(VENV)/.dev ## trainings under some 250 deaths, with a summary; a quarter of an hour
-	$(BIN)/python -m pytest -m soak -s -q tests/test_soak.py
+soak: $(VENV)/.dev ## trainings and ingests under hundreds of deaths, fuzzing; an hour
+	$(BIN)/python -m pytest -m soak -s -q
 
-bench: $(VENV)/.bench ## feeding, measured; installs torch
+bench: $(VENV)/.bench ## feeding and ingesting, measured; installs torch
 	$(BIN)/python benchmarks/feed.py
 	$(BIN)/python benchmarks/guarantees.py
+	$(BIN)/python benchmarks/ingest.py
 
 integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
 	$(BIN)/python -m pytest --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
