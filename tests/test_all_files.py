@@ -221,7 +221,7 @@ def test_every_value_as_the_feed_gives_it(
             else:
                 assert isinstance(problem, tuple), path
                 code, message = problem
-                assert code == "shape", (path, problem)
+                assert code == "colour", (path, problem)
                 assert message == decode.COLOUR
                 colour += 1
                 frames.append(dicom.decode_frame(DATA / path, sample.frame))
