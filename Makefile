@@ -9,7 +9,8 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.tom
 # Tests that need no server, or our own one, or that say nothing about which one it is.
 NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py shares.py \
 	synthetic.py overlay.py ring.py isolation.py access.py header.py manifest.py rtstruct.py seg.py geometry.py nifti.py idx.py cache.py \
-	raster.py table.py pattern.py layout_sunnybrook.py measure.py all_files.py))
+	raster.py table.py pattern.py layout_sunnybrook.py measure.py all_files.py layouts.py executors.py remote.py ingest_scale.py \
+	crashes.py top.py readme.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint soak bench integration lock clean
