@@ -31,7 +31,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: $(VENV)/.dev ## trainings and ingests under hundreds of deaths, fuzzing; an hour
+soak: $(VENV)/.dev ## trainings and ingests under hundreds of deaths, fuzzing; takes long
 	$(BIN)/python -m pytest -m soak -s -q
 
 bench: $(VENV)/.bench ## feeding and ingesting, measured; installs torch

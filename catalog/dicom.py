@@ -94,16 +94,6 @@ _IN_GROUP = {
 }
 
 
-def is_dicom(path: Path | str) -> bool:
-    """Whether a file begins as a DICOM file does: ``DICM`` at byte 128, or a first element of group 0002 or 0008.
-
-    Raises:
-        FileError: ``unreadable`` if the file cannot be opened or read.
-    """
-    with _opened(path) as file:
-        return _sniff(file)
-
-
 def read_instance(path: Path | str, *, hash_pixels: bool = True) -> Instance:
     """Return what one file says about its images, with a hash of each frame's stored values.
 

@@ -183,7 +183,7 @@ def ingest(
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Keep Python's cycle collector from looking at every file's objects again and again: 1.5–2 µs a file, of some 11 that are needed."""
+    """Keep Python's cycle collector from looking at every file's objects again and again: 1.5–2 µs a file."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -313,8 +313,8 @@ def _ingest(
     summary.missing, summary.moved, summary.files_read, summary.fell_back = len(missing), run.moved, run.files_read, run.fell_back
     _write_originals(conn, found)
     if run.files_read:
-        # An embedded server is seldom up long enough for autovacuum; without statistics a selection takes twice as long, and pairing
-        # 20,000 files that are all new took minutes.
+        # An embedded server is seldom up long enough for autovacuum; without statistics a selection takes twice as long, and
+        # the joins below are planned as if there were a handful of rows.
         conn.execute("ANALYZE patient, study, series, instance, image, file, location, annotation, flag")
     images.number_phases(conn)
     pairings.pair(conn, run, found.annotations, everything=again or bool(missing) or run.files_read > 0)

@@ -41,17 +41,17 @@ MOST_LEVELS = 1 << 20  # whole numbers are counted value by value where they spa
 NOT_THE_FILE = ("changed", "missing", "no-access", "no-decoder", "cache-limit", "cache-full", "cache-unusable")
 
 # An image whose file was found unreadable is looked at again once that flag is closed: by an ingest of another file, or by a person.
-TODO = """
+UNMEASURED = """
 FROM image i JOIN location l ON l.image_id = i.id AND l.preferred JOIN file f ON f.id = l.file_id AND f.state = 'present'
 JOIN root r ON r.id = f.root_id
 WHERE i.id > %(after)s AND (i.pixel_hash IS NULL OR NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id)) AND NOT EXISTS (
     SELECT FROM flag g WHERE g.file_id = f.id AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE'))
 """
-COUNT = f"SELECT count(*) {TODO}"
+COUNT = f"SELECT count(*) {UNMEASURED}"
 PAGE = f"""
 SELECT i.id, f.id, r.id, r.url, f.path, f.size, f.mtime_ns, f.format, l.coding, i.frame, i.rows, i.columns, i.samples_per_pixel,
        i.slope, i.intercept, i.modality_lut, l.byte_offset, l.byte_length, l.dtype, l.bits_stored, i.pixel_hash IS NULL
-{TODO} ORDER BY i.id LIMIT {IMAGES_PER_PAGE}
+{UNMEASURED} ORDER BY i.id LIMIT {IMAGES_PER_PAGE}
 """
 
 STAGED = """
