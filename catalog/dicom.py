@@ -22,10 +22,11 @@ from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STANDARD_VR
 
-from catalog import elements, pixels
+from catalog import decoders, elements, pixels
+from catalog.decoders import Array
 from catalog.elements import named
 from catalog.errors import FileError
-from catalog.pixels import UNDEFINED, Array, Pixels
+from catalog.pixels import UNDEFINED, Pixels
 from catalog.records import Frame, Instance
 
 _TRANSFER_SYNTAX = Tag(0x00020010)
@@ -124,7 +125,7 @@ def read_instance(path: Path | str, *, hash_pixels: bool = True) -> Instance:
             if image.modality_lut:
                 _modality_lut(header)
             if hash_pixels:
-                dtype, hashes = pixels.hashes(image)
+                dtype, hashes = decoders.hashes(image)
                 frames = [_frame(header, index, dtype, pixel_hash) for index, pixel_hash in enumerate(hashes)]
             else:
                 dtype = pixels.plain_dtype(image)
@@ -158,7 +159,7 @@ def decode_frame(path: Path | str, frame: int) -> Array:
         FileError: As `read_instance`; ``no-pixels`` for every object without pixels, ``unreadable`` for a frame that it does not hold.
     """
     with _opened(path) as file, _quiet():
-        return pixels.decoded(_pixels_of(_read_header(file), frame), frame)
+        return decoders.decoded(_pixels_of(_read_header(file), frame), frame)
 
 
 def decode_values(path: Path | str, frame: int) -> npt.NDArray[np.float64]:
@@ -175,10 +176,10 @@ def decode_values(path: Path | str, frame: int) -> npt.NDArray[np.float64]:
         if image.modality_lut:
             first, table = _modality_lut(header)
             # What lies outside the table has the value at its nearer end: PS3.3 C.11.1.1.
-            at = np.clip(pixels.decoded(image, frame).astype(np.int64) - first, 0, len(table) - 1)
+            at = np.clip(decoders.decoded(image, frame).astype(np.int64) - first, 0, len(table) - 1)
             return table[at].astype(np.float64)
         rescale = _frame(header, frame, None, None)
-        values = pixels.decoded(image, frame).astype(np.float64)
+        values = decoders.decoded(image, frame).astype(np.float64)
         values *= rescale.slope
         values += rescale.intercept
         return values

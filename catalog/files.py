@@ -5,7 +5,7 @@ Functions of an open connection; the caller owns the transaction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import psycopg
@@ -30,11 +30,16 @@ ON CONFLICT (root_id, path) DO UPDATE SET kind = excluded.kind, format = exclude
 
 
 def write(
-    conn: psycopg.Connection[Any], run_id: int, root_id: int, results: Sequence[Result], wanted: Mapping[str, Image | Annotation]
-) -> set[str]:
-    """Write the rows of files that were read, could not be, or hold nothing of use, and close what was found about them before.
+    conn: psycopg.Connection[Any],
+    run_id: int,
+    root_id: int,
+    results: Sequence[Result],
+    wanted: Mapping[str, Image | Annotation],
+    known: Set[str],
+) -> None:
+    """Write the rows of files that were read, could not be, or hold nothing of use.
 
-    Returns the paths that had no row.
+    `known` are the paths that have a row: what was found about them before is closed.
     """
     with conn.cursor().copy("COPY staged_file FROM STDIN") as copy:
         for result in results:
@@ -44,12 +49,9 @@ def write(
             copy.write_row(
                 (entry.path, result.kind, result.format, entry.size, entry.mtime_ns, state, wanted[entry.path].read_as, content_hash)
             )
-    paths = [result.entry.path for result in results]
-    known = {path for (path,) in conn.execute("SELECT path FROM file WHERE root_id = %s AND path = ANY(%s)", [root_id, paths])}
     conn.execute(WRITE, {"root": root_id, "run": run_id})
-    if known:
-        images.close_file_flags(conn, root_id, list(known))
-    return set(paths) - known
+    if again := [result.entry.path for result in results if result.entry.path in known]:
+        images.close_file_flags(conn, root_id, again)
 
 
 def moved(conn: psycopg.Connection[Any], root_id: int, gone: Mapping[int, list[str]], results: Iterable[Read]) -> dict[str, str]:

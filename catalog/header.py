@@ -14,11 +14,6 @@ from functools import lru_cache
 from struct import Struct, error
 from typing import BinaryIO, NamedTuple, cast
 
-from pydicom import uid as uids
-from pydicom.charset import python_encoding
-from pydicom.datadict import DicomDictionary
-from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
-
 from catalog import pixels
 from catalog.errors import FileError
 from catalog.pixels import Pixels
@@ -29,12 +24,7 @@ PREFIXES = (16 * 1024, 128 * 1024, 1024 * 1024, 8 * 1024 * 1024)
 _LONGEST = 256  # bytes of a value whose reading is remembered
 _DEEPEST = 16  # sequences in one another
 
-_IMPLICIT_SYNTAX, _EXPLICIT_SYNTAX = str(uids.ImplicitVRLittleEndian), str(uids.ExplicitVRLittleEndian)
-_SYNTAXES = {
-    str(syntax).encode(): str(syntax)
-    for syntax in uids.AllTransferSyntaxes
-    if syntax in (_IMPLICIT_SYNTAX, _EXPLICIT_SYNTAX) or syntax.is_encapsulated
-}
+_IMPLICIT_SYNTAX, _EXPLICIT_SYNTAX = pixels.LITTLE_ENDIAN
 
 _EXPLICIT = Struct("<HHHH").unpack_from  # group, element, VR, length of those VRs that have a short one
 _IMPLICIT = Struct("<HHL").unpack_from
@@ -42,9 +32,19 @@ _GROUP_LENGTH = Struct("<HHHHL").unpack_from
 _LENGTH = Struct("<L").unpack_from
 _DOUBLE = Struct("<d").unpack_from
 
-_SHORT_VR = frozenset(int.from_bytes(vr.encode(), "little") for vr in EXPLICIT_VR_LENGTH_16)
-_LONG_VR = frozenset(int.from_bytes(vr.encode(), "little") for vr in EXPLICIT_VR_LENGTH_32)
-_CS, _OB, _OW, _SQ, _UL = (int.from_bytes(vr, "little") for vr in (b"CS", b"OB", b"OW", b"SQ", b"UL"))
+
+def _code(vr: str) -> int:
+    """Return a VR as `_EXPLICIT` reads it."""
+    return int.from_bytes(vr.encode(), "little")
+
+
+# What PS3.5, PS3.6 and PS3.10 say stands here, and is tested against pydicom's own tables: importing pydicom takes 0.2 s, which each
+# reading process would begin with.
+_SHORT_VR = frozenset(map(_code, (
+    "AE", "AS", "AT", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "LO", "LT", "PN", "SH", "SL", "SS", "ST", "TM", "UI", "UL", "US",
+)))  # fmt: skip
+_LONG_VR = frozenset(map(_code, ("OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV")))
+_CS, _OB, _OW, _SQ, _UL = map(_code, ("CS", "OB", "OW", "SQ", "UL"))
 _UNDEFINED = 0xFFFFFFFF
 _EMPTY_ITEM = b"\xfe\xff\x00\xe0\0\0\0\0"
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -88,10 +88,29 @@ _PER_FRAME_GROUPS = 0x52009230
 _FLOAT_PIXELS = 0x7FE00008
 _PIXEL_DATA = 0x7FE00010
 
-_VR = {tag: int.from_bytes(vr.encode(), "little") for tag, (vr, *_) in DicomDictionary.items() if len(vr) == 2}
-_META = {tag: vr for tag, vr in _VR.items() if tag >> 16 == 2}
-# What is kept, with the VR it must have: pydicom converts some of it by its VR, and cannot if that is a wrong one.
-_KEPT = {tag: _VR[tag] for tag in list(globals().values()) if isinstance(tag, int) and 0x00080000 < tag < _FLOAT_PIXELS and tag in _VR}
+# File Meta Information: PS3.10 7.1.
+_META = {
+    0x00020000 | element: _code(vr)
+    for vr, elements in {
+        "UL": (0x00, 0x37), "OB": (0x01, 0x31, 0x35, 0x36, 0x0102), "UI": (0x02, 0x03, 0x10, 0x12, 0x32, 0x33, 0x0100), "SH": (0x13,),
+        "AE": (0x16, 0x17, 0x18), "UR": (0x26, 0x27, 0x28), "FD": (0x38,),
+    }.items()
+    for element in elements
+}  # fmt: skip
+# What is kept, with the VR it must have (PS3.6): pydicom converts some of it by its VR, and cannot if that is a wrong one.
+_KEPT = {
+    tag: _code(vr)
+    for vr, tags in {
+        "CS": (_CHARACTER_SET, _MODALITY, _PHOTOMETRIC), "DA": (_STUDY_DATE,), "FD": (_TRIGGER_DELAY,), "LO": (_PATIENT_ID,),
+        "UI": (_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES, _FRAME_OF_REFERENCE),
+        "IS": (_SERIES_NUMBER, _INSTANCE_NUMBER, _IMAGES_IN_ACQUISITION, _FRAMES),
+        "DS": (_SLICE_THICKNESS, _TRIGGER_TIME, _IMAGE_POSITION, _IMAGE_ORIENTATION, _PIXEL_SPACING, _WINDOW_CENTER, _WINDOW_WIDTH,
+               _INTERCEPT, _SLOPE),
+        "US": (_SAMPLES, _PLANAR_CONFIGURATION, _ROWS, _COLUMNS, _BITS_ALLOCATED, _BITS_STORED, _PIXEL_REPRESENTATION),
+        "SQ": (_MODALITY_LUT, _SHARED_GROUPS, _PER_FRAME_GROUPS),
+    }.items()
+    for tag in tags
+}  # fmt: skip
 _LOOKED_INTO = frozenset((_CHARACTER_SET, _MODALITY_LUT, _SHARED_GROUPS, _PER_FRAME_GROUPS))
 
 Read = Callable[[int, int], bytes]
@@ -270,10 +289,17 @@ def _transfer_syntax(data: bytes) -> tuple[str, int]:
         if tag == _TRANSFER_SYNTAX:
             syntax = data[at : at + length]
         at += length  # of undefined length it lands behind the end
-    known = _SYNTAXES.get(syntax.removesuffix(b"\0"))
-    if at != end or known is None:
+    known = syntax.removesuffix(b"\0").decode("latin-1")
+    if at != end or not (known in pixels.LITTLE_ENDIAN or _compressed(known)):
         raise _UnsureError
     return known, at
+
+
+@lru_cache
+def _compressed(syntax: str) -> bool:
+    from pydicom import uid as uids
+
+    return syntax in uids.AllTransferSyntaxes and uids.UID(syntax).is_encapsulated
 
 
 def _explicit(data: bytes, at: int, values: dict[int, bytes]) -> tuple[str | None, int, int]:
@@ -341,6 +367,8 @@ def _is_sequence(data: bytes, at: int, tag: int) -> bool:
     if tag & 0x10000:
         group, element, _ = _IMPLICIT(data, at)
         return bool(group << 16 | element == _ITEM)
+    from pydicom.datadict import DicomDictionary
+
     return tag in DicomDictionary and DicomDictionary[tag][0] == "SQ"
 
 
@@ -403,6 +431,10 @@ def _harmless(tag: int, value: bytes) -> bool:
 @lru_cache
 def _known_character_set(value: bytes) -> bool:
     """Whether pydicom knows each of the character sets: it guesses what others might be."""
+    if value.rstrip() in (b"", b"ISO_IR 6", b"ISO_IR 100", b"ISO_IR 192"):
+        return True
+    from pydicom.charset import python_encoding
+
     return all(part.rstrip("\0 ") in python_encoding for part in value.decode("latin-1").split("\\"))
 
 

@@ -41,6 +41,18 @@ JOIN instance ins ON ins.series_id = se.id AND ins.sop_instance_uid = s.sop_inst
 STAGED_IMAGES = STAGED_INSTANCES + "JOIN image i ON i.instance_id = ins.id AND i.frame = s.frame\n"
 STAGED_FILES = "JOIN file f ON f.root_id = %(root)s AND f.path = s.path\n"
 
+INSTANCES = """
+INSERT INTO instance (series_id, sop_instance_uid, sop_class_uid, instance_number, number_of_frames, images_in_acquisition,
+    content_hash, frame_of_reference_uid)
+SELECT DISTINCT ON (se.id, s.sop_instance_uid, s.content_hash)
+    se.id, s.sop_instance_uid, s.sop_class_uid, s.instance_number, s.number_of_frames, s.images_in_acquisition, s.content_hash,
+    s.frame_of_reference_uid
+FROM staged s JOIN patient pt ON pt.patient_id = s.patient
+JOIN study st ON st.patient_id = pt.id AND st.study_instance_uid = s.study_instance_uid
+JOIN series se ON se.study_id = st.id AND se.series_instance_uid = s.series_instance_uid
+ORDER BY se.id, s.sop_instance_uid, s.content_hash, s.path ON CONFLICT DO NOTHING
+"""
+
 WRITE: tuple[str, ...] = (
     """
     INSERT INTO patient (patient_id) SELECT DISTINCT patient FROM staged ORDER BY 1 ON CONFLICT DO NOTHING
@@ -56,17 +68,7 @@ WRITE: tuple[str, ...] = (
     FROM staged s JOIN patient pt ON pt.patient_id = s.patient
     JOIN study st ON st.patient_id = pt.id AND st.study_instance_uid = s.study_instance_uid ORDER BY 1, 2, s.path ON CONFLICT DO NOTHING
     """,
-    """
-    INSERT INTO instance (series_id, sop_instance_uid, sop_class_uid, instance_number, number_of_frames, images_in_acquisition,
-        content_hash, frame_of_reference_uid)
-    SELECT DISTINCT ON (se.id, s.sop_instance_uid, s.content_hash)
-        se.id, s.sop_instance_uid, s.sop_class_uid, s.instance_number, s.number_of_frames, s.images_in_acquisition, s.content_hash,
-        s.frame_of_reference_uid
-    FROM staged s JOIN patient pt ON pt.patient_id = s.patient
-    JOIN study st ON st.patient_id = pt.id AND st.study_instance_uid = s.study_instance_uid
-    JOIN series se ON se.study_id = st.id AND se.series_instance_uid = s.series_instance_uid
-    ORDER BY se.id, s.sop_instance_uid, s.content_hash, s.path ON CONFLICT DO NOTHING
-    """,
+    INSTANCES,
     # A UID that is missing or that several contents claim gets its key below, when all of them are known.
     f"""
     INSERT INTO image (instance_id, frame, rows, columns, samples_per_pixel, photometric, row_spacing, column_spacing, image_position,
@@ -101,6 +103,13 @@ WRITE: tuple[str, ...] = (
     """,
 )
 
+
+# Does one of these instances share its UID, or have none?
+SHARED = """
+SELECT EXISTS (
+    SELECT FROM (SELECT DISTINCT sop_instance_uid FROM staged) s
+    WHERE s.sop_instance_uid = '' OR (SELECT count(*) FROM instance o WHERE o.sop_instance_uid = s.sop_instance_uid) > 1)
+"""
 
 # Series that have images already.
 GROWN = """
@@ -177,23 +186,25 @@ WHERE n.sop_instance_uid = ANY(%s) AND n.content_hash IS NULL ORDER BY n.id, f.i
 """
 
 
-def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequence[Read], new: AbstractSet[str]) -> None:
-    """Write what these files hold, in the caller's transaction; their own rows are there already. `new`: paths that were not before."""
+def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequence[Read], known: AbstractSet[str]) -> None:
+    """Write what these files hold, in the caller's transaction; their own rows are there already. `known`: paths that had one before."""
     with conn.cursor().copy("COPY staged FROM STDIN") as copy:
         for file in read:
             copy.write(file.rows)
-    conn.execute("ANALYZE staged")  # else joins of a batch are nested loops over it
+    # Else joins of a batch are nested loops over it.
+    conn.execute("ANALYZE staged (path, patient, study_instance_uid, series_instance_uid, sop_instance_uid, frame)")
     paths = [file.entry.path for file in read]
     parameters = {"root": root_id, "paths": paths, "other": [file.entry.path for file in read if file.other_patient]}
     _compare(conn, root_id, folder)
     parameters["grown"] = [series_id for (series_id,) in conn.execute(GROWN)]
-    for statement in WRITE:
-        conn.execute(statement, parameters)
-    fresh = new >= set(paths)
+    made = {statement: conn.execute(statement, parameters).rowcount for statement in WRITE}
+    fresh = known.isdisjoint(paths)
     if not fresh or any(not file.frames for file in read):
         conn.execute(OBJECTS, parameters)
     if fresh:
-        settle(conn, root_id, paths, fresh=True)
+        # Of instances that are all new, each with a UID of its own, nothing follows for what was there.
+        if made[INSTANCES] != len(paths) or conn.execute(SHARED).fetchone() == (True,):
+            settle(conn, root_id, paths, fresh=True)
         return
     gone = conn.execute(UNPLACE, parameters).fetchall()
     if gone:

@@ -27,7 +27,7 @@ from catalog import __version__, erased, files, images, layouts, pairings, remot
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
 from catalog.layouts import Annotation, Found, Image, choosing
-from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all, refuse_in_reader
+from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all
 
 FILES_PER_COMMIT = 5_000
 LOCK_CLASS = 0x5CA9  # advisory lock (LOCK_CLASS, root id): one ingest a root at a time
@@ -145,7 +145,6 @@ def ingest(
     Raises:
         CatalogError: If the folder cannot be used, no layout fits, or the database refuses.
     """
-    refuse_in_reader()
     begun = time.monotonic()
     asked = layout
     with _without_collector():
@@ -202,6 +201,7 @@ class Run:
         self.problems = sorted({(problem.path, problem.code, problem.message) for problem in found.problems})
         self.files_read = self.fell_back = self.moved = 0
         self.unreadable: dict[str, str] = {}  # path → what was found when it was last tried
+        self.known: set[str] = set()  # paths of files to read that have a row
         self._id: int | None = None
         self._noted: set[tuple[str, str, str, str]] = set()
 
@@ -284,6 +284,8 @@ def _differing(
             and (item.entry.size, item.entry.mtime_ns, item.read_as) == (size, mtime_ns, read_as)
         ):
             same.add(path)
+        else:
+            run.known.add(path)
     conn.commit()
     run.unreadable = unreadable
     return [item for path, item in wanted.items() if path not in same], gone
@@ -384,11 +386,13 @@ def _write(
         if isinstance(result, Refused) and run.unreadable.get(result.entry.path) != f"{result.code}: {result.message}"
     ]
     if read or refused:
-        run.moved += len(files.moved(conn, run.root_id, gone, read))
-        new = files.write(conn, run.id, run.root_id, [*read, *refused], wanted)
+        moved = files.moved(conn, run.root_id, gone, read)
+        run.moved += len(moved)
+        run.known.update(moved.values())
+        files.write(conn, run.id, run.root_id, [*read, *refused], wanted, run.known)
     if read:
         if with_rows := [result for result in read if result.rows]:
-            images.write(conn, run.root_id, folder, with_rows, new)
+            images.write(conn, run.root_id, folder, with_rows, run.known)
         pairings.write(conn, run.id, run.root_id, read)
     for file in read:
         if file.left_out:
@@ -410,7 +414,7 @@ def _write(
         pairings.retire(conn, run.root_id, paths)
     # Perhaps there was an image in it once.
     if unfit := [result for result in results if isinstance(result, NotPart)]:
-        files.write(conn, run.id, run.root_id, unfit, wanted)
+        files.write(conn, run.id, run.root_id, unfit, wanted, run.known)
         images.unplace(conn, run.root_id, [result.entry.path for result in unfit])
 
 

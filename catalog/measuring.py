@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +26,7 @@ from catalog import images
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError
 from catalog.ingest import LOCK_CLASS
-from catalog.reading import Progress, _processes
+from catalog.reading import Progress, processes
 
 IMAGES_PER_TASK = 64
 TASKS_AT_ONCE = 16
@@ -295,11 +294,11 @@ def _outcomes(tasks: Iterator[list[Item]], total: int, jobs: int | None) -> Gene
     running: dict[Future[list[Outcome]], list[Item]] = {}
     task = next(tasks, None)
     while task is not None:
-        with _processes(jobs, total) as pool:
+        with processes(jobs, total) as pool:
             try:
                 while task is not None or running:
                     while task is not None and len(running) < TASKS_AT_ONCE:
-                        running[_submit(pool, task)] = task
+                        running[pool.submit(measure_images, task)] = task
                         task = next(tasks, None)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         found = future.result()
@@ -314,10 +313,10 @@ def _outcomes(tasks: Iterator[list[Item]], total: int, jobs: int | None) -> Gene
 def _apart(tasks: list[list[Item]]) -> Iterator[Outcome]:
     """After a process died: one task at a time, and by halves what it dies of, until the image is found that kills it."""
     while tasks:
-        with _processes(1, 1) as alone:
+        with processes(1, 1) as alone:
             try:
                 while tasks:
-                    found = _submit(alone, tasks[-1]).result()
+                    found: list[Outcome] = alone.submit(measure_images, tasks[-1]).result()
                     tasks.pop()
                     yield from found
             except BrokenExecutor:
@@ -328,23 +327,12 @@ def _apart(tasks: list[list[Item]]) -> Iterator[Outcome]:
             if half:
                 tasks += [items[half:], items[:half]]
             else:
-                with _processes(1, 1) as alone:
+                with processes(1, 1) as alone:
                     try:
-                        _submit(alone, []).result()
+                        alone.submit(measure_images, []).result()
                     except BrokenExecutor:
                         raise CatalogError("no process can be started, so nothing is measured; see the error above") from None
                 yield Left(items[0], "reader-died", "the process that decoded it died; look at it with another program")
-
-
-def _submit(pool: Executor, items: list[Item]) -> Future[list[Outcome]]:
-    """Hand images to a process. One that starts now inherits that Ctrl-C is for the writer alone, from its first line on."""
-    if not hasattr(signal, "pthread_sigmask"):
-        return pool.submit(measure_images, items)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(measure_images, items)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def measure_images(items: Sequence[Item]) -> list[Outcome]:

@@ -12,30 +12,31 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
-from catalog import contours, dicom, header, pixels, remote, rtstruct, seg
+from catalog import header, pixels, remote
 from catalog.errors import CatalogError, FileError
-from catalog.layouts import Annotation, Entry, Image, custom
+from catalog.layouts import Annotation, Entry, Image
 from catalog.records import Drawn, Frame, Instance, polygon
 
 FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own work a task is little beside reading them
-TASKS_AT_ONCE = 16
+TASKS_AT_ONCE = 128  # what is read while the writer writes 5,000 files: with 16, the readers waited for half of that time
 LONGEST_UID = 1_000  # characters; far beyond PS3.5 9.1, since UIDs are kept as found, and within what PostgreSQL indexes
 LONGEST_MM = 1e9
 # After that the alarm ends the process, and the file is refused as one that kills its reader: a decoder in C may look for ever for the end
 # of a damaged codestream (pylibjpeg did, with two bytes of a JPEG-LS frame changed).
 PATIENCE_S = 300
-GUARD = "a script that ingests must do so below `if __name__ == '__main__':`, since they run it again"
 WHOLE = 64 * 1024 * 1024  # bytes of a file that are read at once
 HEAD = 65_536  # bytes that --hash head takes: the header of nearly every DICOM file and the first pixels
 FRAME_COLUMNS = 20  # of staged: those that a frame has of its own
@@ -104,11 +105,29 @@ Result = Read | Refused | NotPart
 Progress = Callable[[int, int], None]
 
 
+class _Readers(ProcessPoolExecutor):
+    """Reading processes, started as they are needed: never by fork, as this process has a libpq connection and may have threads."""
+
+    def __init__(self, jobs: int) -> None:
+        super().__init__(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_reading)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        # A process that starts now finds no script to run again, so one that ingests needs no main guard, and what a command imports is
+        # not imported once more (0.5 s). It inherits that Ctrl-C is for the writer alone, from its first line on.
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            sys.modules["__main__"] = main
+            if blocked is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 @contextlib.contextmanager
-def _processes(jobs: int | None, files: int) -> Iterator[Executor]:
-    # Never fork: this process has a libpq connection, and may have threads.
-    workers = max(1, min(jobs or os.cpu_count() or 1, -(-files // FILES_PER_TASK)))
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_reading)
+def processes(jobs: int | None, files: int) -> Iterator[Executor]:
+    """Have reading processes, at most one a task; whatever ends the context ends them."""
+    pool = _Readers(max(1, min(jobs or os.cpu_count() or 1, -(-files // FILES_PER_TASK))))
     try:
         yield pool
     except BaseException:
@@ -117,17 +136,6 @@ def _processes(jobs: int | None, files: int) -> Iterator[Executor]:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
-
-
-def _submit(pool: Executor, folder: str, items: Sequence[Image | Annotation], hashing: Hashing) -> Future[list[Result]]:
-    """Hand files to a reading process. One that starts now inherits that Ctrl-C is for the writer alone, from its first line on."""
-    if not hasattr(signal, "pthread_sigmask"):
-        return pool.submit(read_files, folder, items, hashing)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(read_files, folder, items, hashing)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _alone = False  # in a reading process
@@ -161,34 +169,31 @@ def read_all(
     tasks = deque(todo[start : start + FILES_PER_TASK] for start in range(0, len(todo), FILES_PER_TASK))
     running: dict[Future[list[Result]], Sequence[Image | Annotation]] = {}
     read = 0
+
+    def counted(results: Iterable[Result]) -> Iterator[Result]:
+        nonlocal read
+        for result in results:
+            read += 1
+            progress(read, len(todo))
+            yield result
+
     while tasks:
-        with contextlib.nullcontext(executor) if executor else _processes(jobs, len(todo) - read) as pool:
+        with contextlib.nullcontext(executor) if executor else processes(jobs, len(todo) - read) as pool:
             try:
                 while tasks or running:
                     while tasks and len(running) < at_once:
-                        running[_submit(pool, folder, tasks[0], hashing)] = tasks[0]
+                        running[pool.submit(read_files, folder, tasks[0], hashing)] = tasks[0]
                         tasks.popleft()
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         results = _outcome(future)
                         items = running.pop(future)
-                        read += len(items)
-                        progress(read, len(todo))
-                        yield from results if results is not None else _read_apart(folder, items, hashing)
+                        yield from counted(results if results is not None else _read_apart(folder, [items], hashing))
             except BrokenExecutor:
                 _check_starts(folder, hashing)
                 executor, at_once = None, TASKS_AT_ONCE  # a reading process died: below, and then the rest in new ones
-        while running:
-            _, items = running.popitem()
-            yield from _read_apart(folder, items, hashing)
-            read += len(items)
-            progress(read, len(todo))
-
-
-def refuse_in_reader() -> None:
-    """Raise CatalogError where this very call is run again by a process that it started: that would wait for itself."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself looks at
-        raise CatalogError(f"a reading process began to ingest; {GUARD}")
+        yield from counted(_read_apart(folder, list(running.values()), hashing))
+        running.clear()
 
 
 def _outcome(future: Future[list[Result]]) -> list[Result] | None:
@@ -203,28 +208,30 @@ def _outcome(future: Future[list[Result]]) -> list[Result] | None:
 
 def _check_starts(folder: str, hashing: Hashing) -> None:
     """Where no process of ours can begin, each file would be taken for the one that killed its reader."""
-    with _processes(1, 1) as alone:
+    with processes(1, 1) as alone:
         try:
-            _submit(alone, folder, [], hashing).result()
+            alone.submit(read_files, folder, [], hashing).result()
         except BrokenExecutor:
-            raise CatalogError(f"reading processes end as soon as they start; {GUARD}") from None
+            raise CatalogError("reading processes end as soon as they start; is there memory for them?") from None
 
 
-def _read_apart(folder: str, items: Sequence[Image | Annotation], hashing: Hashing) -> Iterator[Result]:
-    """After a reading process died: in a process of their own and by halves, until the file that kills it is found."""
-    with _processes(1, 1) as alone:
-        try:
-            results = _submit(alone, folder, items, hashing).result()
-        except BrokenExecutor:
-            results = None
-    if results is not None:
-        yield from results
-    elif len(items) > 1:
-        yield from _read_apart(folder, items[: len(items) // 2], hashing)
-        yield from _read_apart(folder, items[len(items) // 2 :], hashing)
-    else:
-        died = "the process that read it died; it is left out; look at it with another program"
-        yield Refused(items[0].entry, _kind(items[0]), items[0].format, "reader-died", died)
+def _read_apart(folder: str, tasks: Iterable[Sequence[Image | Annotation]], hashing: Hashing) -> Iterator[Result]:
+    """After a reading process died: one task at a time, what kills its reader by halves, until the file that does is found."""
+    waiting = deque(tasks)
+    while waiting:
+        with processes(1, 1) as alone:
+            try:
+                while waiting:
+                    results = alone.submit(read_files, folder, waiting[0], hashing).result()
+                    waiting.popleft()
+                    yield from results
+            except BrokenExecutor:
+                items = waiting.popleft()
+                if len(items) > 1:
+                    waiting.extendleft((items[len(items) // 2 :], items[: len(items) // 2]))
+                    continue
+                died = "the process that read it died; it is left out; look at it with another program"
+                yield Refused(items[0].entry, _kind(items[0]), items[0].format, "reader-died", died)
 
 
 def read_files(folder: str, items: Sequence[Image | Annotation], hashing: Hashing) -> list[Result]:
@@ -272,6 +279,8 @@ def _kind(item: Image | Annotation) -> str:
 def _reader(form: str, function: str) -> Any:
     """Return the function of a format, or of the user's own by import path."""
     if ":" in form:
+        from catalog.layouts import custom
+
         return custom.load(form)
     return getattr(importlib.import_module(f"catalog.{FORMATS[form]}"), function)
 
@@ -302,9 +311,14 @@ def _read_local(path: Path, item: Image, hashing: Hashing) -> Read:
     if item.format == "dicom":
         found, fell_back, content_hash = _read_dicom(path, item.entry, hashing)
         if (holds := ANNOTATIONS.get(found.sop_class_uid)) is not None:
-            drawn = (
-                rtstruct.read_annotations(path, item.options, left_out) if holds == "rtstruct" else seg.read_annotations(path, item.options)
-            )
+            if holds == "rtstruct":
+                from catalog import rtstruct
+
+                drawn = rtstruct.read_annotations(path, item.options, left_out)
+            else:
+                from catalog import seg
+
+                drawn = seg.read_annotations(path, item.options)
             found = replace(found, frames=())
     else:
         found = _reader(item.format, "read_images")(path, item.options)
@@ -328,19 +342,24 @@ def _read_dicom(path: Path, entry: Entry, hashing: Hashing) -> tuple[Instance, b
     """Return what a DICOM file says, whether that took pydicom, and the file's hash where that came with it."""
     content_hash = None
     try:
-        with path.open("rb", buffering=0) as file:
+        file = os.open(path, os.O_RDONLY)  # half the time of a file object's
+        try:
             if hashing != "full":
-                found = header.read_header(partial(os.pread, file.fileno()), entry.size)
+                found = header.read_header(partial(os.pread, file), entry.size)
                 if found is not None:
                     return found.instance, False, None
             elif entry.size <= WHOLE:
-                data = file.read(entry.size + 1) or b""
+                data = os.read(file, entry.size + 1)
                 content_hash = hashlib.sha256(data).digest()
                 found = header.parse_header(data, len(data))
                 if found is not None and (hashed := _hashed(found, data)) is not None:
                     return hashed, False, content_hash
+        finally:
+            os.close(file)
     except OSError as error:
         raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+    from catalog import dicom  # with pydicom, which takes 0.2 s to import and most trees do not need
+
     return dicom.read_instance(path, hash_pixels=hashing == "full"), True, content_hash
 
 
@@ -431,6 +450,8 @@ def _drawn_in(path: Path, folder: str, item: Annotation, hashing: Hashing) -> Re
 
 
 def _read_contour(path: Path, item: Annotation) -> Drawn:
+    from catalog import contours
+
     if item.entry.size > contours.MAX_BYTES:
         raise FileError("contour-unreadable", f"{item.entry.size} bytes are too many for a contour; it is left out")
     try:

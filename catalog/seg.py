@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydicom import uid as uids
 from pydicom.dataset import Dataset
 
-from catalog import dicom, elements, pixels
+from catalog import decoders, dicom, elements, pixels
 from catalog.elements import named
 from catalog.errors import FileError, UsageError
 from catalog.records import Drawn, segment
@@ -122,7 +122,7 @@ def read_annotations(path: Path, options: Mapping[str, Any]) -> list[Drawn]:
         drawn: list[Drawn] = []
         keys: set[str] = set()
         kept = work = 0
-        for frame, (group, values) in enumerate(zip(own, pixels._all_decoded(image), strict=True)):
+        for frame, (group, values) in enumerate(zip(own, decoders.all_decoded(image), strict=True)):
             where = _refers_to(dataset, group, shared, series, values.shape)
             rasters: Iterator[tuple[int, npt.NDArray[np.bool_]]]
             if kind == "LABELMAP":

@@ -55,7 +55,7 @@ def measure(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meas
         with ThreadPoolExecutor(2) as pool:
             yield pool
 
-    monkeypatch.setattr(measuring, "_processes", threads)
+    monkeypatch.setattr(measuring, "processes", threads)
     with database.open_database(database_url) as db:
         yield lambda **options: measuring.measure(db, **options)
 
@@ -302,13 +302,15 @@ import sys, time
 from catalog import measuring
 from catalog.database import open_database
 
+measure_images = measuring.measure_images
+
 def slow(items):
     time.sleep(0.05)
-    return measuring.measure_images(items)
+    return measure_images(items)
 
 if __name__ == "__main__":
-    submit = measuring._submit
-    measuring._submit = lambda pool, items: pool.submit(slow, items)
+    import slow as module  # in a process that measures this is no main module
+    measuring.measure_images = module.slow
     measuring.IMAGES_PER_TASK, measuring.IMAGES_PER_COMMIT = 2, 4
     with open_database() as db:
         measuring.measure(db, jobs=2)
