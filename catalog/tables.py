@@ -190,6 +190,31 @@ instance = Table(
     Column("images_in_acquisition", Integer, comment="ImagesInAcquisition (0020,1002), as claimed by the file."),
     Column("content_hash", LargeBinary, comment="sha256 over the pixel hashes of all frames; tells a re-encoding from a conflict."),
     Column("frame_of_reference_uid", Text, nullable=False, server_default="", comment="FrameOfReferenceUID (0020,0052), as found."),
+    Column("burned_in_annotation", Text, nullable=False, server_default="", comment="BurnedInAnnotation (0028,0301)."),
+    Column("identity_removed", Text, nullable=False, server_default="", comment="PatientIdentityRemoved (0012,0062)."),
+    Column("over_89", Boolean, comment="Is the patient said to be older than 89? The age itself is not kept. NULL: nothing says."),
+    Column(
+        "identifying",
+        ARRAY(Text),
+        nullable=False,
+        server_default="{}",
+        comment="Tags of identifying attributes that have a value, such as (0010,0010). The values are not kept.",
+    ),
+    Column("gantry_tilt", Double, comment="GantryDetectorTilt (0018,1120) in degrees."),
+    Column(
+        "other_meta_uid",
+        Boolean,
+        nullable=False,
+        server_default="false",
+        comment="MediaStorageSOPInstanceUID (0002,0003) is there and is not SOPInstanceUID (0008,0018).",
+    ),
+    Column(
+        "surplus_bytes",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="Bytes of uncompressed Pixel Data beyond rows × columns × samples × bits × frames and one byte of padding.",
+    ),
     # A second file with the same UID and the same pixels is a re-encoding: the same row. With other pixels it is another row.
     UniqueConstraint("series_id", "sop_instance_uid", "content_hash", postgresql_nulls_not_distinct=True),
     CheckConstraint("content_hash IS NULL OR length(content_hash) = 32", name="content_hash"),
@@ -267,6 +292,7 @@ measure = Table(
     Column("entropy", Double, nullable=False, comment="Shannon entropy of its histogram of 256 equal bins from minimum to maximum, bits."),
     Column("saturated", Double, nullable=False, comment="Share of pixels at the largest value."),
     Column("nans", BigInteger, nullable=False, comment="Pixels that are no finite number."),
+    Column("near_hash", BigInteger, comment="64 bits that images which look alike share, all but a few; see catalog/nearness.py."),
     _now("measured_at", "When it was measured."),
     comment="What `catalog measure` found in an image's pixels.",
 )
@@ -369,6 +395,52 @@ mask = Table(
     comment="The raster of an annotation on its image.",
 )
 
+shape = Table(
+    "shape",
+    metadata,
+    Column("pairing_id", BigInteger, ForeignKey("pairing.id", ondelete="CASCADE"), primary_key=True, comment="Annotation and image."),
+    Column("points", Integer, comment="Points of the polygon, all rings; NULL for a segment."),
+    Column("smallest_ring", Integer, comment="Distinct points of its ring that has fewest."),
+    Column("points_outside", Integer, comment="Points outside the image's pixels, to their outer edges."),
+    Column("self_crossings", Integer, comment="Proper crossings of edges, of one ring with itself or another; 100 stands for more too."),
+    Column("gap_px", Double, comment="From a ring's last point to its first, the widest of its rings."),
+    Column("step_px", Double, comment="Median distance of neighbouring points."),
+    Column("perimeter_px", Double, comment="Length of the closed polygon, or of the mask's outline along pixel edges."),
+    Column("polygon_area_px", Double, comment="Area of the polygon in px by even-odd, on this image; NULL for a segment."),
+    Column("polygon_hash", LargeBinary, comment="sha256 of the polygon, wherever its points begin and whichever way they run."),
+    Column("components", Integer, nullable=False, comment="Parts of the mask that touch by no edge (4-connected)."),
+    Column("largest_px", BigInteger, nullable=False, comment="Pixels of its largest part."),
+    Column("holes", Integer, nullable=False, comment="Parts of the background that the mask encloses (8-connected)."),
+    Column("border_px", Integer, nullable=False, comment="Pixels of the mask in the first or last row or column of the image."),
+    Column("centroid_row", Double, comment="Mean row of the mask's pixels, px; NULL if it is empty."),
+    Column("centroid_column", Double, comment="Mean column."),
+    Column("centroid", ARRAY(Double), comment="The same in mm of the patient: x, y, z; NULL where the image does not say where it lies."),
+    CheckConstraint("cardinality(centroid) = 3", name="centroid"),
+    comment="What a mask and its polygon are like on their image: computed once, for rules.",
+)
+
+edge_fit = Table(
+    "edge_fit",
+    metadata,
+    Column("pairing_id", BigInteger, ForeignKey("pairing.id", ondelete="CASCADE"), primary_key=True, comment="Annotation and image."),
+    Column("scores", ARRAY(REAL), nullable=False, comment="Mean gradient along the polygon at 9 × 9 shifts of -2…2 px, y by y; of mean 0."),
+    CheckConstraint("cardinality(scores) = 81", name="scores"),
+    comment="How well a polygon follows its image's edges, as drawn and moved: `catalog measure` computes it.",
+)
+
+relation = Table(
+    "relation",
+    metadata,
+    Column("inside", Text, primary_key=True, comment="Name of the structure that lies inside."),
+    Column("outside", Text, primary_key=True, comment="Name of the one around it."),
+    Column("actor", Text, nullable=False, comment="Who said so."),
+    _now("at", "When."),
+    CheckConstraint("inside <> outside", name="two"),
+    comment="Which structure lies inside which, for rules.",
+)
+
+# ------------------------------------------------------------------------------------------ quality
+
 SUBJECTS = ("file_id", "image_id", "annotation_id", "pairing_id", "series_id", "study_id", "patient_id")
 
 flag = Table(
@@ -393,6 +465,7 @@ flag = Table(
     Column("closed_by", Text, comment="Who closed it."),
     Column("closed_at", DateTime(timezone=True), comment="When it was closed."),
     Column("reason", Text, comment="Why it was closed."),
+    Column("assigned_to", Text, comment="Who looks after it."),
     Column(
         "revokes",
         Boolean,
@@ -411,6 +484,79 @@ flag = Table(
     Index("ix_flag_revokes", "id", postgresql_where=text("revokes AND state = 'open'")),
     CheckConstraint("NOT revokes OR severity = 'error'", name="revokes_error"),
     comment="A finding on a file, image, annotation, pairing, series, study or patient.",
+)
+
+rule_setting = Table(
+    "rule_setting",
+    metadata,
+    Column("rule", Text, primary_key=True, comment="Code of a rule."),
+    Column("name", Text, primary_key=True, comment="One of its parameters, or enabled."),
+    Column("value", Text, nullable=False, comment="What it is here instead of the rule's default."),
+    Column("actor", Text, nullable=False, comment="Who set it."),
+    _now("at", "When."),
+    Column("reason", Text, nullable=False, comment="Why."),
+    comment="Parameters of rules that are not at their defaults.",
+)
+
+qa_run = Table(
+    "qa_run",
+    metadata,
+    _id(),
+    _now("started_at", "When it began."),
+    Column("finished_at", DateTime(timezone=True), comment="When it ended; NULL while it runs, and if it was cut short."),
+    Column("changed_only", Boolean, nullable=False, comment="Were only patients looked at of whom something had changed?"),
+    Column("actor", Text, nullable=False, comment="Who ran it."),
+    Column("program_version", Text, nullable=False, comment="Version of scanfeed."),
+    comment="One `catalog qa run`.",
+)
+
+qa_result = Table(
+    "qa_result",
+    metadata,
+    Column("qa_run_id", BigInteger, ForeignKey("qa_run.id", ondelete="CASCADE"), primary_key=True, comment="Of which run."),
+    Column("rule", Text, primary_key=True, comment="Code of the rule."),
+    Column("rule_version", Integer, nullable=False, comment="Its version."),
+    Column("findings", BigInteger, nullable=False, comment="Subjects that fail it."),
+    Column("raised", BigInteger, nullable=False, comment="Flags that it raised."),
+    Column("closed", BigInteger, nullable=False, comment="Flags that closed themselves, as what they spoke of is no longer so."),
+    Column("not_evaluated", BigInteger, nullable=False, comment="Subjects that it could not look at."),
+    Column("why", Text, nullable=False, server_default="", comment="Why not."),
+    Column("seconds", Double, nullable=False, comment="How long it took."),
+    comment="What a rule found in a run.",
+)
+
+scope = Table(
+    "scope",
+    metadata,
+    Column("series_id", BigInteger, primary_key=True, comment="A series to look at."),
+    Column("study_id", BigInteger, nullable=False, index=True, comment="Its study."),
+    Column("patient_id", BigInteger, nullable=False, index=True, comment="Its patient, all of whose series are here."),
+    comment="What the `catalog qa run` that is running looks at; rules join it.",
+    prefixes=["UNLOGGED"],
+)
+
+touched = Table(
+    "touched",
+    metadata,
+    _id(),
+    Column("series_id", BigInteger, nullable=False, comment="In which something changed that a rule may look at."),
+    comment="What `catalog qa run --changed` has to look at; triggers write it.",
+)
+
+event = Table(
+    "event",
+    metadata,
+    _id(),
+    _now("at", "When."),
+    Column("actor", Text, nullable=False, comment="Who: a person, ingest, qa, loaderd, layout:NAME."),
+    Column("subject", Text, nullable=False, comment="The table of what changed: flag, pairing, annotation, rule_setting, relation."),
+    Column("subject_id", BigInteger, comment="Its id there."),
+    Column("action", Text, nullable=False, comment="insert, update or delete."),
+    Column("before", JSONB, comment="What changed, as it was."),
+    Column("after", JSONB, comment="What changed, as it is."),
+    Column("reason", Text, comment="Why, in words."),
+    Index("ix_event_subject", "subject", "subject_id"),
+    comment="Who decided what, when and why. Rows are never changed or deleted: the database refuses.",
 )
 
 # ------------------------------------------------------------------------------------------ feeding
