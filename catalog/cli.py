@@ -17,6 +17,7 @@ import typer
 from catalog import flags
 from catalog.cli_decide import flag_app, pair_app, patient_app
 from catalog.cli_keep import RunNumber, root_app, runs_app
+from catalog.cli_qa import qa_app
 from catalog.database import SQL_TIMEOUT_S, Database, explain, open_database, schema_version, upgrade
 from catalog.errors import CatalogError, UsageError
 from catalog.output import AsJson, DatabaseUrl, number, plain, plural, print_json, print_table, progress, say
@@ -27,6 +28,7 @@ app.add_typer(pair_app, name="pair")
 app.add_typer(patient_app, name="patient")
 app.add_typer(runs_app, name="runs")
 app.add_typer(root_app, name="root")
+app.add_typer(qa_app, name="qa")
 _print_table = print_table  # loaderd.cli imports it by this name
 
 

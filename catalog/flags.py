@@ -26,7 +26,7 @@ from catalog.database import Database, explain
 from catalog.errors import CatalogError, UsageError
 
 WITHDRAWN = "PATIENT-WITHDRAWN"
-PROGRAMS = ("ingest", "loaderd")  # these close what they raised by themselves: no person may sign so
+PROGRAMS = ("ingest", "measure", "loaderd", "qa")  # these close what they raised by themselves: no person may sign so
 
 # How a subject is named: its table, and the column that holds the name. The flag's own column is the table's name and _id.
 NAMED_BY = {
