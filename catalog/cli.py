@@ -304,17 +304,14 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
 @app.command()
 def errors(
     database: DatabaseUrl = None,
-    run: Annotated[int | None, typer.Option(help="Of this ingest; by default of each root's last.", show_default=False)] = None,
+    run: Annotated[int | None, typer.Option(help="What this ingest noted; by default what stands now.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what ingests could not take in."""
+    """List what could not be taken in, and what is wrong with it still."""
+    from catalog import runs
+
     with open_database(database) as db, db.connect() as conn:
-        rows = conn.execute(
-            "SELECT e.ingest_run_id, r.name, e.path, e.stage, e.code, e.message FROM ingest_error e "
-            "JOIN ingest_run i ON i.id = e.ingest_run_id JOIN root r ON r.id = i.root_id "
-            "WHERE e.ingest_run_id = coalesce(%s, (SELECT max(o.id) FROM ingest_run o WHERE o.root_id = i.root_id)) ORDER BY e.id",
-            [run],
-        ).fetchall()
+        rows = runs.errors(conn, run)
     names = ("run", "root", "path", "stage", "code", "message")
     if as_json:
         typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2))

@@ -357,7 +357,7 @@ def _read_dicom(path: Path, entry: Entry, hashing: Hashing) -> tuple[Instance, b
         finally:
             os.close(file)
     except OSError as error:
-        raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+        raise _unopened(error) from None
     from catalog import dicom  # with pydicom, which takes 0.2 s to import and most trees do not need
 
     return dicom.read_instance(path, hash_pixels=hashing == "full"), True, content_hash
@@ -457,7 +457,7 @@ def _read_contour(path: Path, item: Annotation) -> Drawn:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+        raise _unopened(error) from None
     outline = polygon([contours.read_points(data)])
     return Drawn("", item.structure, item.reader, "polygon", item.refers_to, polygon=outline, convention=item.convention)
 
@@ -471,7 +471,13 @@ def _content_hash(path: Path, entry: Entry, hashing: Hashing) -> bytes | None:
                 return hashlib.file_digest(file, "sha256").digest()
             return hashlib.sha256(entry.size.to_bytes(8, "little") + (file.read(HEAD) or b"")).digest()
     except OSError as error:
-        raise FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again") from None
+        raise _unopened(error) from None
+
+
+def _unopened(error: OSError) -> FileError:
+    if isinstance(error, FileNotFoundError):
+        return FileError("changed", "it was taken away before it was read; it is left out; ingest again")
+    return FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again")
 
 
 def _int4(value: int | None) -> int | None:

@@ -17,7 +17,7 @@ from catalog import erasing, roots
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 from catalog.flags import transaction
-from catalog.ingest import LOCK_CLASS, find
+from catalog.ingest import LOCK_CLASS, STANDING, find
 from catalog.layouts.choosing import ASKED
 from catalog.pairings import RETIRED
 from catalog.remote import is_url
@@ -78,6 +78,25 @@ def listed(database: Database) -> list[dict[str, Any]]:
     """Return every run, oldest first."""
     with transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(f"{RUN} ORDER BY i.id".encode()).fetchall()
+
+
+def errors(conn: psycopg.Connection[Any], run: int | None = None) -> list[tuple[int, str, str, str, str, str]]:
+    """Return (run, root, path, stage, code, message) of what a run noted; without one of what stands now, with each root's last run.
+
+    What people decided since the last run is out of it; what is wrong with a tree itself is as the last run found it.
+    """
+    noted = (
+        "SELECT e.ingest_run_id, r.name, e.path, e.stage, e.code, e.message FROM ingest_error e "
+        "JOIN ingest_run i ON i.id = e.ingest_run_id JOIN root r ON r.id = i.root_id WHERE e.ingest_run_id = %s"
+    )
+    if run is not None:
+        return conn.execute(f"{noted} ORDER BY e.id", [run]).fetchall()
+    found: list[tuple[int, str, str, str, str, str]] = []
+    last = "SELECT r.id, r.name, max(i.id) FROM root r JOIN ingest_run i ON i.root_id = r.id GROUP BY r.id ORDER BY r.id"
+    for root_id, name, last_run in conn.execute(last).fetchall():
+        found += conn.execute(f"{noted} AND e.stage = 'find' ORDER BY e.id", [last_run]).fetchall()
+        found += [(last_run, name, *error) for error in conn.execute(STANDING, {"root": root_id}).fetchall()]
+    return found
 
 
 def shown(database: Database, run: int) -> dict[str, Any]:

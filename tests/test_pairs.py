@@ -121,6 +121,9 @@ def test_accepted(arrived: None, say: Say, conn: psycopg.Connection, take_in: Ca
     assert ask(conn, "SELECT state, actor FROM pairing WHERE annotation_id = %s ORDER BY id", drawn) == [("rejected", ME), ("accepted", ME)]
     flags = "SELECT state, closed_by FROM flag WHERE rule = 'PAIR-AMBIGUOUS' AND annotation_id = %s"
     assert ask(conn, flags, drawn) == [("resolved", ME)]
+    noted = {error["path"] for error in json.loads(say("errors", "--run", 1, "--json")) if error["code"] == "pair-ambiguous"}
+    stands = {error["path"] for error in json.loads(say("errors", "--json")) if error["code"] == "pair-ambiguous"}
+    assert stands == noted - {one["file"].partition("/arrived/")[2]} != noted, "what was decided since is no error any more"
     before = written(conn)
     take_in()
     assert "nothing changed" in say("pair", "accept", second["pairing"])

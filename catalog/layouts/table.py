@@ -143,6 +143,8 @@ def read_named(tree: Tree, path: str, limit: int) -> bytes:
     try:
         with Path(path).open("rb") as file:
             data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise FileError("unreadable", "there is no such file") from None
     except OSError as error:
         raise FileError("unreadable", f"{error.strerror}; give read access, then ingest again") from None
     if len(data) > limit:
