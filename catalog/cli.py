@@ -1,8 +1,7 @@
-"""`catalog`: init, ingest, measure, status, errors, digest, sql, show; the others' commands are in `cli_decide` and `cli_keep`."""
+"""`catalog`: init, ingest, measure, status, errors, digest, show; the others' commands are in `cli_…`."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -14,13 +13,15 @@ from typing import Annotated, Any
 
 import typer
 
-from catalog import flags
-from catalog.cli_decide import flag_app, pair_app, patient_app
+from catalog import cli_audit, cli_pictures, flags
+from catalog.cli_annotations import annotations_app
+from catalog.cli_decide import pair_app, patient_app
+from catalog.cli_flags import flag_app
 from catalog.cli_keep import RunNumber, root_app, runs_app
 from catalog.cli_qa import qa_app
-from catalog.database import SQL_TIMEOUT_S, Database, explain, open_database, schema_version, upgrade
+from catalog.database import Database, open_database, schema_version, upgrade
 from catalog.errors import CatalogError, UsageError
-from catalog.output import AsJson, DatabaseUrl, number, plain, plural, print_json, print_table, progress, say
+from catalog.output import AsJson, DatabaseUrl, number, plural, print_json, print_table, progress, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Catalog of imaging studies.")
 app.add_typer(flag_app, name="flag")
@@ -29,6 +30,11 @@ app.add_typer(patient_app, name="patient")
 app.add_typer(runs_app, name="runs")
 app.add_typer(root_app, name="root")
 app.add_typer(qa_app, name="qa")
+cli_pictures.register(app)
+app.add_typer(annotations_app, name="annotations")
+app.add_typer(cli_audit.db_app, name="db")
+for command in (cli_audit.audit, cli_audit.schema, cli_audit.sql):
+    app.command()(command)
 _print_table = print_table  # loaderd.cli imports it by this name
 
 
@@ -233,6 +239,8 @@ def measure(
     else:
         rate = f" ({summary.measured / summary.seconds:.0f} images/s)" if summary.measured and summary.seconds else ""
         typer.echo(f"{number(summary.measured, 'image')} measured, {summary.hashed} hashed in {summary.seconds:.1f} s{rate}")
+        if summary.contours:
+            typer.echo(f"edges along {number(summary.contours, 'contour')} measured")
         for why, count in summary.left.items():
             typer.echo(f"  {number(count, 'image')} left: {why}")
         if summary.not_measured:
@@ -321,58 +329,6 @@ def errors(
         if len(rows) > 1:
             by_code = Counter(code for *_, code, _ in rows).most_common()
             say(f"{number(len(rows), 'error')}: {', '.join(f'{count} {code}' for code, count in by_code)}; see `catalog runs show`")
-
-
-@app.command()
-def sql(
-    query: Annotated[str, typer.Argument(help="One statement; views: sample, image_all, annotation_all, epoch_coverage.")],
-    database: DatabaseUrl = None,
-    as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the statement may take.")] = SQL_TIMEOUT_S,
-) -> None:
-    """Ask the catalog in SQL, under a login that cannot write."""
-    import psycopg
-
-    if as_json and as_csv:
-        raise UsageError("--json and --csv: choose one")
-    with open_database(database) as db, db.read_only(timeout_s=timeout) as conn, conn.cursor() as cursor:
-        try:
-            # Prepared: the extended protocol carries one statement, so nothing can follow the first.
-            cursor.execute(query.encode(), prepare=True)
-            names = [column.name for column in cursor.description or ()]
-            rows = cursor.fetchall() if cursor.description else []
-        except psycopg.errors.InsufficientPrivilege as error:
-            raise CatalogError(f"sql: refused: {error.diag.message_primary}; this login can only read") from error
-        except psycopg.errors.ReadOnlySqlTransaction as error:
-            raise CatalogError(f"sql: refused: {error.diag.message_primary}; this login can only read") from error
-        except psycopg.OperationalError as error:
-            raise explain(error, db) from error
-        except psycopg.Error as error:
-            raise CatalogError(f"sql: {error.diag.message_primary or str(error).splitlines()[0]}") from error
-    if as_json:
-        typer.echo(json.dumps([dict(zip(names, map(plain, row), strict=True)) for row in rows], indent=2))
-    elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([["" if value is None else plain(value) for value in row] for row in rows])
-    else:
-        print_table(names, [["" if value is None else str(plain(value)) for value in row] for row in rows])
-
-
-@app.command()
-def show(
-    sample: Annotated[int, typer.Argument(help="A sample_id of the views sample and image_all.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG file to write.")],
-    database: DatabaseUrl = None,
-) -> None:
-    """Draw an image with its contours and masks."""
-    from catalog import show as showing
-
-    with open_database(database) as db:
-        png = showing.picture(db, sample)
-    output.write_bytes(png)
-    typer.echo(str(output))
 
 
 # Typer exports neither, and since 0.16 carries a click of its own.

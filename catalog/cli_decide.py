@@ -1,8 +1,7 @@
-"""`catalog flag`, `catalog pair`, `catalog patient`: what people decide."""
+"""`catalog pair`, `catalog patient`: what people decide; about flags in `cli_flags`."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import asdict
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from catalog import deciding, flags
+from catalog.cli_flags import print_closed, print_flag, print_seen
 from catalog.database import open_database
 from catalog.output import (
     ONE_NAME,
@@ -28,74 +28,8 @@ from catalog.output import (
     say_dry,
 )
 
-flag_app = typer.Typer(no_args_is_help=True, help="Findings: raise, list and close them.")
 patient_app = typer.Typer(no_args_is_help=True, help="Consent: withdraw it, give it back; and erasing a patient.")
 pair_app = typer.Typer(no_args_is_help=True, help="What was drawn on which image: look at what is proposed, and decide.")
-
-
-@flag_app.command("add", context_settings=ONE_NAME)
-def flag_add(
-    context: typer.Context,
-    subject: Annotated[str, typer.Argument(help="sample:17, file:9, annotation:3, pairing:5, series:UID, study:UID or patient:NAME.")],
-    rule: Annotated[str, typer.Option(help="A short code, such as BAD-CONTOUR.")],
-    detail: Annotated[str, typer.Option(help="What was found, in words.")],
-    severity: Annotated[flags.Severity, typer.Option(help="Open errors keep samples out of feeding.")] = flags.Severity.ERROR,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Feed nothing of it any more, at once, from frozen streams too.")] = False,
-    actor: Actor = None,
-    dry_run: DryRun = False,
-    database: DatabaseUrl = None,
-) -> None:
-    """Raise a flag; says what it keeps out, and with --revoke which runs saw it. Daemons take up to a second: again lists all."""
-    one_name(context)
-    with open_database(database) as db:
-        added = flags.add(db, subject, rule=rule, detail=detail, severity=severity, revoke=revoke, actor=actor, dry_run=dry_run)
-    say_dry(dry_run)
-    kind, _, name = subject.partition(":")
-    for flag in added.flags:
-        _print_flag(flag, f"{kind} {name}" if flags.NAMED_BY[kind][1] == "id" else f"the {kind}")
-    samples = number(added.images, "sample")
-    if any(flag.revokes for flag in added.flags):
-        typer.echo(f"affects {samples}, fed no more, and what is ingested of it later")
-        _print_seen(added.seen)
-    elif any(flag.severity == flags.Severity.ERROR for flag in added.flags):
-        typer.echo(f"affects {samples}, left out from the next epoch on")
-    else:
-        typer.echo(f"affects {samples}, fed all the same: it is no error")
-
-
-@flag_app.command("list")
-def flag_list(
-    rule: Annotated[str | None, typer.Option(help="Those of this rule alone.", show_default=False)] = None,
-    state: Annotated[flags.State, typer.Option(help="open, or all with those that were closed.")] = flags.State.OPEN,
-    database: DatabaseUrl = None,
-    as_json: AsJson = False,
-) -> None:
-    """List flags, oldest first."""
-    with open_database(database) as db:
-        rows = flags.listed(db, rule=rule, state=state)
-    if as_json:
-        typer.echo(json.dumps([{name: plain(value) for name, value in row.items()} for row in rows], indent=2))
-    elif not rows:
-        typer.echo("no flags" if state == flags.State.ALL else "no open flags")
-    else:
-        names = [name for name in rows[0] if state == flags.State.ALL or name not in ("state", "closed_by", "closed_at", "reason")]
-        print_table(names, [[cell(row[name]) for name in names] for row in rows])
-
-
-@flag_app.command("close")
-def flag_close(
-    ids: Annotated[list[int], typer.Argument(metavar="ID...", help="As `catalog flag list` shows.")],
-    reason: Annotated[str, typer.Option(help="Why, in words.")],
-    false_positive: Annotated[bool, typer.Option("--false-positive", help="There was nothing wrong.")] = False,
-    actor: Actor = None,
-    dry_run: DryRun = False,
-    database: DatabaseUrl = None,
-) -> None:
-    """Close flags, all or none. What they kept out is fed again, unless another flag keeps it out."""
-    with open_database(database) as db:
-        closed = flags.close(db, ids, reason=reason, false_positive=false_positive, actor=actor, dry_run=dry_run)
-    say_dry(dry_run)
-    _print_closed(closed)
 
 
 @patient_app.command(context_settings=ONE_NAME)
@@ -122,9 +56,9 @@ def withdraw(
         seen = [{name: plain(value) for name, value in asdict(one).items()} for one in added.seen]
         typer.echo(json.dumps({**found, "seen": seen}, indent=2))
         return
-    _print_flag(flag, "the patient")
+    print_flag(flag, "the patient")
     typer.echo(f"takes out {number(added.images, 'image')} and {number(added.annotations, 'annotation')}, and what is ingested later")
-    _print_seen(added.seen)
+    print_seen(added.seen)
 
 
 @patient_app.command(context_settings=ONE_NAME)
@@ -141,7 +75,7 @@ def reinstate(
     with open_database(database) as db:
         closed = flags.reinstate(db, patient, reason=reason, actor=actor, dry_run=dry_run)
     say_dry(dry_run)
-    _print_closed(closed)
+    print_closed(closed)
     if not closed:
         typer.echo("the patient is not withdrawn: nothing changed")
 
@@ -176,7 +110,7 @@ def erase(
     typer.echo(f"erased the patient (erasure {erased.id or '(new)'}): " + counted(erased.rows))
     if erased.kept_files:
         typer.echo(f"{number(erased.kept_files, 'file')} with images of others too stay in the catalog")
-    _print_seen(erased.seen)
+    print_seen(erased.seen)
     typer.echo(
         "the files themselves, decoded copies in local caches and backups are not touched: remove them; an ingest refuses the files now"
     )
@@ -279,43 +213,3 @@ def _print_decided(decided: list[deciding.Decided], dry_run: bool, as_json: bool
             continue
         others = f"; rejected: {', '.join(map(str, one.rejected))}" if one.rejected else ""
         typer.echo(f"{what} {one.state}{others}" + (f"; closed {number(len(one.closed), 'flag')}" if one.closed else ""))
-
-
-def _print_flag(flag: flags.Flag, on: str) -> None:
-    what = f"flag {flag.id or '(new)'} ({flag.severity}{', revokes' if flag.revokes else ''}) on {on}"
-    if flag.change is None:
-        typer.echo(f"{what} is open already, raised by {flag.raised_by} at {cell(flag.raised_at)}: nothing changed")
-    else:
-        typer.echo(f"{what} {flag.change}")
-
-
-def _print_closed(closed: list[flags.Closed]) -> None:
-    for flag in closed:
-        if not flag.changed:
-            typer.echo(f"flag {flag.id} was closed already by {flag.closed_by} at {cell(flag.closed_at)} ({flag.state}): nothing changed")
-            continue
-        freed = f"; {number(flag.freed, 'sample')} no longer revoked" if flag.revoked else ""
-        held = f", {flag.held} still are by other flags" if flag.held else ""
-        typer.echo(f"flag {flag.id} ({flag.rule}) closed: {flag.state}{freed}{held}")
-
-
-def _print_seen(seen: list[flags.Seen]) -> None:
-    if not seen:
-        typer.echo("no run saw any of it")
-        return
-    typer.echo(f"seen already by {number(len({one.run for one in seen}), 'run')}:")
-    rows = []
-    for one in seen:
-        samples = f"{one.samples}{'+' if one.pruned else ''}"
-        times = [cell(one.first), cell(one.last)]
-        models = ", ".join(one.models) or "none noted"
-        rows.append([one.run, one.stream_name or str(one.stream), _ranges(one.epochs), samples, str(one.deliveries), *times, models])
-    print_table(["run", "stream", "epochs", "samples", "deliveries", "first", "last", "models"], rows)
-    if any(one.pruned for one in seen):
-        typer.echo("+ perhaps more in pruned epochs, of which only the patients are known")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return sorted numbers as 0-3, 5."""
-    runs = [[at for _, at in group] for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

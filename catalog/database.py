@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
 
 from catalog import embedded
 from catalog.errors import CatalogError, DatabaseError, DriftError, UsageError
@@ -35,12 +36,21 @@ from catalog.errors import CatalogError, DatabaseError, DriftError, UsageError
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-SCHEMA_VERSION = "0004"  # the newest revision under migrations/versions; a test holds them equal
+SCHEMA_VERSION = "0005"  # the newest revision under migrations/versions; a test holds them equal
 OLDEST_SERVER = 15  # NULLS NOT DISTINCT (unique rows with missing values) came with 15
 SQL_TIMEOUT_S = 60
 EMBEDDED_DATABASE = "catalog"
 # A client host that died or lost its net holds its locks until the server notices: by default after more than two hours.
 KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+
+# May who asks change anything, by rights that it has or by a role that it may become?
+MAY_WRITE = """
+SELECT coalesce(bool_or(r.rolsuper OR has_table_privilege(r.oid, c.oid, 'INSERT, DELETE, TRUNCATE')
+                        OR has_any_column_privilege(r.oid, c.oid, 'INSERT, UPDATE')), true)
+FROM pg_roles r CROSS JOIN pg_class c
+WHERE pg_has_role(r.oid, 'MEMBER') AND c.relkind IN ('r', 'v', 'p', 'f', 'm')
+  AND c.relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+"""
 
 _Connection = TypeVar("_Connection", bound=psycopg.Connection[Any])
 
@@ -50,6 +60,12 @@ class _Reading(psycopg.Connection[tuple[Any, ...]]):
 
     def commit(self) -> None:
         self.rollback()
+
+    def rollback(self) -> None:
+        if self.info.transaction_status == TransactionStatus.ACTIVE:  # in the middle of a COPY, which psycopg was not asked for
+            self.close()
+        else:
+            super().rollback()
 
 
 @dataclass
@@ -88,21 +104,39 @@ class Database:
         Raises:
             DatabaseError: If the server is out of reach, or does not let that login in.
         """
-        with self.connect() as conn:
-            # A restored dump has the row without the role, a role made by hand has no rights yet.
-            login = conn.execute(
-                "SELECT l.role, l.password FROM sql_login l JOIN pg_roles r ON r.rolname = l.role "
-                "WHERE has_table_privilege(r.oid, 'revoked_image'::regclass, 'SELECT')"
-            ).fetchone() or make_sql_login(conn)
-        role, password = login
+        login = self.reading_login()
         options = f"-c statement_timeout={int(timeout_s * 1000)} -c default_transaction_read_only=on"
         try:
-            return self._dial(_Reading.connect, user=role, password=password, options=options, application_name="catalog sql")
+            return self._dial(_Reading.connect, **login, options=options, application_name="catalog sql")
         except psycopg.OperationalError as error:
+            as_whom = f"the login {login['user']}" if login else "this login"
             raise DatabaseError(
-                f"{self.name}: does not let the login {role} in, under which SQL from users runs: {_first_line(error)}; "
+                f"{self.name}: does not let {as_whom} in, under which SQL from users runs: {_first_line(error)}; "
                 f"give it a line in pg_hba.conf (scram-sha-256)"
             ) from error
+
+    def reading_login(self) -> dict[str, str]:
+        """Return user and password of the login for SQL from users, made if need be; empty: the login in use cannot write anyway.
+
+        Raises:
+            DatabaseError: If the server is out of reach, or there is no such login and none can be made.
+        """
+        with self.connect() as conn:
+            try:
+                # A restored dump has the row without the role, a role made by hand has no rights yet.
+                login = conn.execute(
+                    "SELECT l.role, l.password FROM sql_login l JOIN pg_roles r ON r.rolname = l.role "
+                    "WHERE has_table_privilege(r.oid, 'revoked_image'::regclass, 'SELECT')"
+                ).fetchone() or make_sql_login(conn)
+            except psycopg.errors.InsufficientPrivilege as error:
+                conn.rollback()
+                if conn.execute(MAY_WRITE).fetchone() == (False,):
+                    return {}
+                raise DatabaseError(
+                    f"{self.name}: this login may neither read table sql_login, which names the login for SQL from users, nor make one; "
+                    f"let the catalog's owner run `catalog db roles`, and be a member of one of these roles"
+                ) from error
+        return {"user": login[0], "password": login[1]}
 
     def engine(self) -> Engine:
         """Return the SQLAlchemy engine over the owner's door, made once."""
@@ -250,6 +284,8 @@ def _migrate(database: Database) -> None:
     from alembic.config import Config
     from sqlalchemy.exc import DBAPIError
 
+    from catalog import roles
+
     here = Path(__file__).parent
     # Inside the package once installed, beside it in a checkout.
     folder = next(path for path in (here / "migrations", here.parent / "migrations") if (path / "env.py").exists())
@@ -261,6 +297,7 @@ def _migrate(database: Database) -> None:
             command.upgrade(config, "head")
         with database.connect() as conn:
             make_sql_login(conn)
+            roles.renew(conn)
     except DBAPIError as error:
         raise explain(error.orig if isinstance(error.orig, psycopg.Error) else psycopg.Error(str(error)), database) from error
     except psycopg.Error as error:

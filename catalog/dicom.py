@@ -22,7 +22,7 @@ from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, STANDARD_VR
 
-from catalog import decoders, elements, pixels
+from catalog import decoders, elements, pixels, privacy
 from catalog.decoders import Array
 from catalog.elements import named
 from catalog.errors import FileError
@@ -35,9 +35,11 @@ _SOP_CLASS = Tag(0x00080016)
 _SOP_INSTANCE = Tag(0x00080018)
 _STUDY_DATE = Tag(0x00080020)
 _MODALITY = Tag(0x00080060)
-_PATIENT_ID = Tag(0x00100020)
+_PATIENT_ID = Tag(privacy.PATIENT_ID)
+_IDENTITY_REMOVED = Tag(0x00120062)
 _SLICE_THICKNESS = Tag(0x00180050)
 _TRIGGER_TIME = Tag(0x00181060)
+_GANTRY_TILT = Tag(0x00181120)
 _CARDIAC_SYNCHRONIZATION = Tag(0x00189118)
 _STUDY = Tag(0x0020000D)
 _SERIES = Tag(0x0020000E)
@@ -60,6 +62,7 @@ _PIXEL_SPACING = Tag(0x00280030)
 _BITS_ALLOCATED = Tag(0x00280100)
 _BITS_STORED = Tag(0x00280101)
 _PIXEL_REPRESENTATION = Tag(0x00280103)
+_BURNED_IN = Tag(0x00280301)
 _WINDOW_CENTER = Tag(0x00281050)
 _WINDOW_WIDTH = Tag(0x00281051)
 _INTERCEPT = Tag(0x00281052)
@@ -74,6 +77,8 @@ _EXTENDED_OFFSETS = Tag(0x7FE00001)
 _EXTENDED_LENGTHS = Tag(0x7FE00002)
 
 _HEADER_TAGS: list[BaseTag] = [value for name, value in list(globals().items()) if name.startswith("_") and isinstance(value, BaseTag)]
+_HEADER_TAGS += map(Tag, privacy.ASKED)
+_META_SOP_INSTANCE = Tag(0x00020003)
 _LUT_DESCRIPTOR, _LUT_DATA = Tag(0x00283002), Tag(0x00283006)
 _PIXEL_DATA = 0x7FE00010
 # Plain numbers, because pydicom's tags compare slowly and this is asked for every element.
@@ -145,6 +150,7 @@ def read_instance(path: Path | str, *, hash_pixels: bool = True) -> Instance:
             transfer_syntax_uid=header.transfer_syntax,
             number_of_frames=len(frames),
             frames=tuple(frames),
+            **_said_of_the_whole(header),
         )
 
 
@@ -311,6 +317,22 @@ def _read_header(file: BinaryIO) -> _Header:
     return _Header(
         dataset, transfer_syntax, image, elements.groups(dataset, _SHARED_GROUPS)[:1], elements.groups(dataset, _PER_FRAME_GROUPS)
     )
+
+
+def _said_of_the_whole(header: _Header) -> dict[str, Any]:
+    """Return what quality rules ask of an object: the attributes of `Instance` that are neither names of it nor pixels."""
+    dataset, image = header.dataset, header.pixels
+    identifying, over_89 = privacy.told(tuple(elements.raw(dataset, Tag(tag)) for tag in privacy.ASKED))
+    meta_uid = elements.raw(dataset.file_meta, _META_SOP_INSTANCE).rstrip(b"\0 ")
+    return {
+        "burned_in_annotation": elements.text(dataset, _BURNED_IN),
+        "identity_removed": elements.text(dataset, _IDENTITY_REMOVED),
+        "over_89": over_89,
+        "identifying": identifying,
+        "gantry_tilt": elements.number(dataset, _GANTRY_TILT),
+        "other_meta_uid": meta_uid not in (b"", elements.raw(dataset, _SOP_INSTANCE).rstrip(b"\0 ")),
+        "surplus_bytes": 0 if image is None else image.surplus_bytes,
+    }
 
 
 def _inflated(file: BinaryIO) -> tuple[BinaryIO, bool]:

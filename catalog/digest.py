@@ -38,7 +38,8 @@ CONTENT = {
         SELECT pt.patient_id, st.study_instance_uid, se.series_instance_uid, se.series_number, se.modality
         FROM series se JOIN study st ON st.id = se.study_id JOIN patient pt ON pt.id = st.patient_id""",
     "instance": f"""
-        SELECT {INSTANCE_KEY}, n.sop_class_uid, n.instance_number, n.number_of_frames, n.images_in_acquisition, n.frame_of_reference_uid
+        SELECT {INSTANCE_KEY}, n.sop_class_uid, n.instance_number, n.number_of_frames, n.images_in_acquisition, n.frame_of_reference_uid,
+               n.burned_in_annotation, n.identity_removed, n.over_89, n.identifying, n.gantry_tilt, n.other_meta_uid, n.surplus_bytes
         FROM {INSTANCE}""",
     # The key of an image without a place is made from its id.
     "image": f"""

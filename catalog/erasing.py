@@ -224,4 +224,4 @@ def erase(database: Database, patient: str, *, reason: str, actor: str | None = 
 def _forget_dead_rows(database: Database) -> None:
     """Let deleted rows be written over; until then they lie in the server's files. Who holds them up still is no reason to fail."""
     with contextlib.suppress(psycopg.Error), database.connect(autocommit=True) as conn:
-        conn.execute(f"VACUUM (SKIP_LOCKED) {', '.join((*TAKE_OUT, *REST, 'measure', 'mask', 'flag', 'ingest_error'))}".encode())
+        conn.execute(f"VACUUM (SKIP_LOCKED) {', '.join((*TAKE_OUT, *REST, 'measure', 'mask', 'shape', 'flag', 'ingest_error'))}".encode())

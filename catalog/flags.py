@@ -1,9 +1,11 @@
 """Flags that people raise and close, and consent withdrawn: what each takes out of feeding, and which runs had seen it before.
 
 A flag that revokes acts at once, on live and frozen streams, and on what is ingested later: the view `revoked_image` and the
-triggers on table `flag` see to that. This page writes the rows and says what follows from them.
+triggers on table `flag` see to that. This page writes the rows and says what follows from them; who, when and why goes into the table
+`event` by itself.
 
-No message repeats a PatientID or a UID: they identify, and messages end in logs. `listed` returns them, to whoever asks for the list.
+No message repeats a PatientID or a UID: they identify, and messages end in logs. `flaglist.listed` returns them, to whoever asks for the
+list.
 """
 
 from __future__ import annotations
@@ -70,15 +72,6 @@ SELECT count(DISTINCT a.id) FROM pairing p JOIN annotation a ON a.id = p.annotat
 WHERE p.image_id = ANY(%(images)s) AND p.state = 'accepted' AND a.current
 """
 
-LISTED = """
-SELECT f.id, f.rule, f.severity, f.state, f.revokes,
-       coalesce('sample:' || f.image_id, 'file:' || f.file_id, 'annotation:' || f.annotation_id, 'pairing:' || f.pairing_id,
-                'series:' || se.series_instance_uid, 'study:' || st.study_instance_uid, 'patient:' || pt.patient_id) AS subject,
-       f.detail, f.value, f.raised_by, f.raised_at, f.closed_by, f.closed_at, f.reason
-FROM flag f LEFT JOIN series se ON se.id = f.series_id LEFT JOIN study st ON st.id = f.study_id LEFT JOIN patient pt ON pt.id = f.patient_id
-WHERE (f.state = 'open' OR %(closed)s) AND f.rule = coalesce(%(rule)s, f.rule) ORDER BY f.id
-"""
-
 
 class Severity(StrEnum):
     """How bad a finding is; open errors keep what they speak of out of feeding."""
@@ -86,13 +79,6 @@ class Severity(StrEnum):
     ERROR = "error"
     WARNING = "warning"
     INFO = "info"
-
-
-class State(StrEnum):
-    """Which flags to list."""
-
-    OPEN = "open"
-    ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +142,17 @@ class Closed:
     held: int = 0  # images of it that other flags revoke still
 
 
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A flag that is open again, or somebody's; `changed` is False if it was so before."""
+
+    id: int
+    rule: str
+    was: str  # its state, or whose it was
+    changed: bool
+    revoked: int = 0  # images that are fed no more
+
+
 def os_user() -> str:
     """Return the name of the user who runs this process; not what the environment says it is."""
     try:
@@ -189,7 +186,7 @@ def add(
         raise UsageError("--rule: is a short code in capitals, digits and hyphens, such as BAD-CONTOUR")
     if revoke and severity != Severity.ERROR:
         raise UsageError("--revoke: needs --severity error, since what is revoked is fed no more")
-    detail, actor = written(detail, "--detail"), person(actor)
+    detail, actor = written(detail, "-m"), person(actor)
     kind, colon, name = subject.partition(":")
     if kind not in NAMED_BY or not colon or not name:
         raise UsageError(f"SUBJECT: is KIND:ID, such as sample:17; KIND is one of {', '.join(NAMED_BY)}")
@@ -234,17 +231,38 @@ def close(
     Raises:
         CatalogError: If one of them does not exist.
     """
-    reason, actor = written(reason, "--reason"), person(actor)
+    reason, actor = written(reason, "-m"), person(actor)
     state = "false_positive" if false_positive else "resolved"
     with transaction(database, dry_run=dry_run) as conn:
         # In one order, so that two who close the same ones do not wait for each other in a circle.
         return [_close(conn, flag_id, state, reason, actor) for flag_id in sorted(set(ids))]
 
 
-def listed(database: Database, *, rule: str | None = None, state: State = State.OPEN) -> list[dict[str, Any]]:
-    """Return flags, oldest first."""
-    with transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
-        return cursor.execute(LISTED, {"rule": rule, "closed": state == State.ALL}).fetchall()
+def reopen(database: Database, ids: Sequence[int], *, reason: str, actor: str | None = None, dry_run: bool = False) -> list[Changed]:
+    """Open closed flags again as they were, all or none; what revokes does so at once. Open ones stay as they are.
+
+    Raises:
+        CatalogError: If one of them does not exist, or another flag of the same rule is open on the same subject.
+    """
+    reason, actor = written(reason, "-m"), person(actor)
+    with transaction(database, dry_run=dry_run) as conn:
+        sign(conn, actor, reason)
+        return [_reopen(conn, flag_id) for flag_id in sorted(set(ids))]
+
+
+def assign(
+    database: Database, ids: Sequence[int], *, to: str, reason: str, actor: str | None = None, dry_run: bool = False
+) -> list[Changed]:
+    """Say who looks after open flags, all or none; an empty name: nobody.
+
+    Raises:
+        CatalogError: If one of them does not exist, or is closed.
+    """
+    to = written(to, "--to") if to else ""
+    reason, actor = written(reason, "-m"), person(actor)
+    with transaction(database, dry_run=dry_run) as conn:
+        sign(conn, actor, reason)
+        return [_assign(conn, flag_id, to) for flag_id in sorted(set(ids))]
 
 
 def revoked(conn: psycopg.Connection[Any]) -> int:
@@ -258,6 +276,7 @@ def _add(
     column = f"{NAMED_BY[subject.kind][0]}_id"
     if revoke and subject.kind == "file":
         _refuse_annotations(conn, subject.ids)
+    sign(conn, actor, detail)
     flags = [_raise(conn, column, one, rule, detail, severity, revoke, actor, dry_run) for one in subject.ids]
     if not dry_run:
         conn.commit()  # a long history takes a while to read, and daemons must not feed on until then
@@ -316,24 +335,62 @@ def _raise(
 
 
 def _close(conn: psycopg.Connection[Any], flag_id: int, state: str, reason: str, actor: str) -> Closed:
-    with conn.cursor(row_factory=dict_row) as cursor:
-        row = cursor.execute("SELECT * FROM flag WHERE id = %s FOR UPDATE", [flag_id]).fetchone()
-        if row is None:
-            raise CatalogError(f"flag {flag_id}: there is none, so nothing was closed; see `catalog flag list --state all`")
-        if row["state"] != "open":
-            return Closed(flag_id, row["rule"], row["revokes"], row["state"], row["closed_by"], row["closed_at"], changed=False)
-        at = cursor.execute(
-            "UPDATE flag SET state = %s, closed_by = %s, closed_at = now(), reason = %s WHERE id = %s RETURNING closed_at",
-            [state, actor, reason, flag_id],
-        ).fetchone()
+    row = _locked(conn, flag_id, "closed")
+    if row["state"] != "open":
+        return Closed(flag_id, row["rule"], row["revokes"], row["state"], row["closed_by"], row["closed_at"], changed=False)
+    at = conn.execute(
+        "UPDATE flag SET state = %s, closed_by = %s, closed_at = now(), reason = %s WHERE id = %s RETURNING closed_at",
+        [state, actor, reason, flag_id],
+    ).fetchone()
     assert at is not None
-    closed = Closed(flag_id, row["rule"], row["revokes"], state, actor, at["closed_at"], changed=True)
+    closed = Closed(flag_id, row["rule"], row["revokes"], state, actor, at[0], changed=True)
     if closed.revoked:
-        kind = next(kind for kind, (table, _) in NAMED_BY.items() if row[f"{table}_id"] is not None)
-        images = _images(conn, Subject(kind, [row[f"{NAMED_BY[kind][0]}_id"]]))
+        images = _images(conn, _subject(row))
         closed.held = _count(conn, "SELECT count(*) FROM revoked_image WHERE sample_id = ANY(%(images)s)", {"images": images})
         closed.freed = len(images) - closed.held
     return closed
+
+
+def _reopen(conn: psycopg.Connection[Any], flag_id: int) -> Changed:
+    row = _locked(conn, flag_id, "opened")
+    if row["state"] == "open":
+        return Changed(flag_id, row["rule"], "open", changed=False)
+    subject = _subject(row)
+    column = f"{NAMED_BY[subject.kind][0]}_id"
+    other = conn.execute(
+        sql.SQL("SELECT id FROM flag WHERE state = 'open' AND rule = %s AND {} = %s").format(sql.Identifier(column)),
+        [row["rule"], row[column]],
+    ).fetchone()
+    if other is not None:
+        raise CatalogError(f"flag {flag_id}: flag {other[0]} says the same of the same {subject.kind} and is open, so nothing was opened")
+    try:
+        conn.execute("UPDATE flag SET state = 'open', closed_by = NULL, closed_at = NULL, reason = NULL WHERE id = %s", [flag_id])
+    except psycopg.errors.UniqueViolation:
+        raise CatalogError(f"flag {flag_id}: one that says the same was raised at this moment, so nothing was opened") from None
+    return Changed(flag_id, row["rule"], row["state"], changed=True, revoked=len(_images(conn, subject)) if row["revokes"] else 0)
+
+
+def _assign(conn: psycopg.Connection[Any], flag_id: int, to: str) -> Changed:
+    row = _locked(conn, flag_id, "assigned")
+    if row["state"] != "open":
+        raise CatalogError(f"flag {flag_id}: is closed ({row['state']}), so nothing was assigned; `catalog flag reopen` opens it again")
+    was = row["assigned_to"] or ""
+    if was != to:
+        conn.execute("UPDATE flag SET assigned_to = %s WHERE id = %s", [to or None, flag_id])
+    return Changed(flag_id, row["rule"], was, changed=was != to)
+
+
+def _locked(conn: psycopg.Connection[Any], flag_id: int, what: str) -> dict[str, Any]:
+    with conn.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute("SELECT * FROM flag WHERE id = %s FOR UPDATE", [flag_id]).fetchone()
+    if row is None:
+        raise CatalogError(f"flag {flag_id}: there is none, so nothing was {what}; see `catalog flag list --state all`")
+    return row
+
+
+def _subject(row: dict[str, Any]) -> Subject:
+    kind = next(kind for kind, (table, _) in NAMED_BY.items() if row[f"{table}_id"] is not None)
+    return Subject(kind, [row[f"{NAMED_BY[kind][0]}_id"]])
 
 
 def _images(conn: psycopg.Connection[Any], subject: Subject) -> list[int]:
@@ -364,7 +421,13 @@ def _find(conn: psycopg.Connection[Any], kind: str, name: str) -> Subject:
     return Subject(kind, [one for (one,) in rows])
 
 
+def sign(conn: psycopg.Connection[Any], actor: str, reason: str) -> None:
+    """Say, for the events of this transaction, who decides and why, where the rows do not."""
+    conn.execute("SELECT set_config('catalog.actor', %s, true), set_config('catalog.reason', %s, true)", [actor, reason])
+
+
 def person(actor: str | None) -> str:
+    """Return who decides, the OS user by default. Raises UsageError for what is no person."""
     actor = written(os_user() if actor is None else actor, "--actor")
     if actor in PROGRAMS:
         raise UsageError(f"--actor: {actor} is the program itself; say who you are")
@@ -372,6 +435,7 @@ def person(actor: str | None) -> str:
 
 
 def written(text: str, option: str) -> str:
+    """Return text without space around it. Raises UsageError if there is none, or it cannot be stored."""
     text = text.strip()
     if not text or not is_text(text):
         raise UsageError(f"{option}: is {'not UTF-8' if text else 'empty'}, and somebody will want to read it; write it out")

@@ -14,7 +14,7 @@ from functools import lru_cache
 from struct import Struct, error
 from typing import BinaryIO, NamedTuple, cast
 
-from catalog import pixels
+from catalog import pixels, privacy
 from catalog.errors import FileError
 from catalog.pixels import Pixels
 from catalog.records import Frame, Instance
@@ -49,6 +49,7 @@ _UNDEFINED = 0xFFFFFFFF
 _EMPTY_ITEM = b"\xfe\xff\x00\xe0\0\0\0\0"
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
+_META_SOP_INSTANCE = 0x00020003
 _TRANSFER_SYNTAX = 0x00020010
 _LAST_META = 0x0002FFFF
 _CHARACTER_SET = 0x00080005
@@ -56,9 +57,12 @@ _SOP_CLASS = 0x00080016
 _SOP_INSTANCE = 0x00080018
 _STUDY_DATE = 0x00080020
 _MODALITY = 0x00080060
-_PATIENT_ID = 0x00100020
+_PATIENT_ID = privacy.PATIENT_ID
+_AGE = privacy.AGE
+_IDENTITY_REMOVED = 0x00120062
 _SLICE_THICKNESS = 0x00180050
 _TRIGGER_TIME = 0x00181060
+_GANTRY_TILT = 0x00181120
 _STUDY = 0x0020000D
 _SERIES = 0x0020000E
 _SERIES_NUMBER = 0x00200011
@@ -78,6 +82,7 @@ _PIXEL_SPACING = 0x00280030
 _BITS_ALLOCATED = 0x00280100
 _BITS_STORED = 0x00280101
 _PIXEL_REPRESENTATION = 0x00280103
+_BURNED_IN = 0x00280301
 _WINDOW_CENTER = 0x00281050
 _WINDOW_WIDTH = 0x00281051
 _INTERCEPT = 0x00281052
@@ -101,16 +106,17 @@ _META = {
 _KEPT = {
     tag: _code(vr)
     for vr, tags in {
-        "CS": (_CHARACTER_SET, _MODALITY, _PHOTOMETRIC), "DA": (_STUDY_DATE,), "FD": (_TRIGGER_DELAY,), "LO": (_PATIENT_ID,),
+        "CS": (_CHARACTER_SET, _MODALITY, _PHOTOMETRIC, _IDENTITY_REMOVED, _BURNED_IN),
+        "AS": (_AGE,), "DA": (_STUDY_DATE,), "FD": (_TRIGGER_DELAY,), "LO": (_PATIENT_ID,),
         "UI": (_SOP_CLASS, _SOP_INSTANCE, _STUDY, _SERIES, _FRAME_OF_REFERENCE),
         "IS": (_SERIES_NUMBER, _INSTANCE_NUMBER, _IMAGES_IN_ACQUISITION, _FRAMES),
         "DS": (_SLICE_THICKNESS, _TRIGGER_TIME, _IMAGE_POSITION, _IMAGE_ORIENTATION, _PIXEL_SPACING, _WINDOW_CENTER, _WINDOW_WIDTH,
-               _INTERCEPT, _SLOPE),
+               _INTERCEPT, _SLOPE, _GANTRY_TILT),
         "US": (_SAMPLES, _PLANAR_CONFIGURATION, _ROWS, _COLUMNS, _BITS_ALLOCATED, _BITS_STORED, _PIXEL_REPRESENTATION),
         "SQ": (_MODALITY_LUT, _SHARED_GROUPS, _PER_FRAME_GROUPS),
     }.items()
     for tag in tags
-}  # fmt: skip
+} | {tag: _code(vr) for vr, tags in privacy.BY_VR.items() for tag in tags}  # fmt: skip
 _LOOKED_INTO = frozenset((_CHARACTER_SET, _MODALITY_LUT, _SHARED_GROUPS, _PER_FRAME_GROUPS))
 
 Read = Callable[[int, int], bytes]
@@ -171,7 +177,7 @@ class _Sized:
 
 def _parsed(data: bytes, size: int) -> Header:
     """Raises `_UnsureError`, struct's error where data ends within the header, FileError where `pixels.check` refuses."""
-    syntax, at = _transfer_syntax(data) if data[128:132] == b"DICM" else (_encoding(data), 0)
+    syntax, at, meta_uid = _meta(data) if data[128:132] == b"DICM" else (_encoding(data), 0, b"")
     explicit = syntax != _IMPLICIT_SYNTAX
     values: dict[int, bytes] = {}
     vr, offset, length = (_explicit if explicit else _implicit)(data, at, values)
@@ -236,6 +242,7 @@ def _parsed(data: bytes, size: int) -> Header:
         )
         for index in range(image.number_of_frames)
     )
+    identifying, over_89 = privacy.told(tuple(map(values.get, privacy.ASKED)))
     instance = Instance(
         patient_id=_text(values, _PATIENT_ID),
         study_instance_uid=_text(values, _STUDY),
@@ -251,6 +258,13 @@ def _parsed(data: bytes, size: int) -> Header:
         transfer_syntax_uid=syntax,
         number_of_frames=image.number_of_frames,
         frames=frames,
+        burned_in_annotation=_text(values, _BURNED_IN),
+        identity_removed=_text(values, _IDENTITY_REMOVED),
+        over_89=over_89,
+        identifying=identifying,
+        gantry_tilt=_number(values, _GANTRY_TILT),
+        other_meta_uid=meta_uid not in (b"", values.get(_SOP_INSTANCE, b"").rstrip(b"\0 ")),
+        surplus_bytes=image.surplus_bytes,
     )
     return Header(instance, checked=name is not None and image.bits_stored == image.bits_allocated)
 
@@ -267,14 +281,17 @@ def _encoding(data: bytes) -> str:
     raise _UnsureError
 
 
-def _transfer_syntax(data: bytes) -> tuple[str, int]:
-    """Return the transfer syntax, and where the dataset begins, from File Meta Information that is as long as it says (PS3.10 7.1)."""
+def _meta(data: bytes) -> tuple[str, int, bytes]:
+    """Return the transfer syntax, where the dataset begins, and the SOP Instance UID of File Meta Information.
+
+    It must be as long as it says (PS3.10 7.1).
+    """
     group, element, vr, length, meta = _GROUP_LENGTH(data, 132)
     if (group, element, vr, length) != (2, 0, _UL, 4):
         raise _UnsureError
     at = 144
     end = at + meta
-    last, syntax = 0x00020000, b""
+    last, syntax, uid = 0x00020000, b"", b""
     while at < end:
         group, element, vr, length = _EXPLICIT(data, at)
         tag = group << 16 | element
@@ -288,11 +305,13 @@ def _transfer_syntax(data: bytes) -> tuple[str, int]:
             at += 12
         if tag == _TRANSFER_SYNTAX:
             syntax = data[at : at + length]
+        elif tag == _META_SOP_INSTANCE:
+            uid = data[at : at + length].rstrip(b"\0 ")
         at += length  # of undefined length it lands behind the end
     known = syntax.removesuffix(b"\0").decode("latin-1")
     if at != end or not (known in pixels.LITTLE_ENDIAN or _compressed(known)):
         raise _UnsureError
-    return known, at
+    return known, at, uid
 
 
 @lru_cache

@@ -22,7 +22,8 @@ CREATE TEMP TABLE IF NOT EXISTS staged (
     path text, patient text, study_instance_uid text, study_date text, series_instance_uid text,
     series_number integer, modality text, sop_instance_uid text, sop_class_uid text, instance_number integer,
     number_of_frames integer, images_in_acquisition integer, content_hash bytea, frame_of_reference_uid text, transfer_syntax_uid text,
-    coding text, frame integer, rows integer, columns integer, samples_per_pixel smallint, photometric text, row_spacing float8,
+    coding text, burned_in_annotation text, identity_removed text, over_89 boolean, identifying text[], gantry_tilt float8,
+    other_meta_uid boolean, surplus_bytes bigint, frame integer, rows integer, columns integer, samples_per_pixel smallint, photometric text, row_spacing float8,
     column_spacing float8, image_position float8[], image_orientation float8[], position float8, slice_thickness real,
     trigger_time float8, slope float8, intercept float8, modality_lut boolean, pixel_hash bytea, byte_offset bigint,
     byte_length bigint, dtype text, bits_stored smallint
@@ -41,12 +42,17 @@ JOIN instance ins ON ins.series_id = se.id AND ins.sop_instance_uid = s.sop_inst
 STAGED_IMAGES = STAGED_INSTANCES + "JOIN image i ON i.instance_id = ins.id AND i.frame = s.frame\n"
 STAGED_FILES = "JOIN file f ON f.root_id = %(root)s AND f.path = s.path\n"
 
-INSTANCES = """
-INSERT INTO instance (series_id, sop_instance_uid, sop_class_uid, instance_number, number_of_frames, images_in_acquisition,
-    content_hash, frame_of_reference_uid)
+# What a header says of its object as a whole, and may say differently once it was corrected in place.
+SAID = (
+    "sop_class_uid", "instance_number", "images_in_acquisition", "frame_of_reference_uid", "burned_in_annotation", "identity_removed",
+    "over_89", "identifying", "gantry_tilt", "other_meta_uid", "surplus_bytes",
+)  # fmt: skip
+INS_SAID, S_SAID = (", ".join(f"{source}.{name}" for name in SAID) for source in ("ins", "s"))
+
+INSTANCES = f"""
+INSERT INTO instance (series_id, sop_instance_uid, number_of_frames, content_hash, {", ".join(SAID)})
 SELECT DISTINCT ON (se.id, s.sop_instance_uid, s.content_hash)
-    se.id, s.sop_instance_uid, s.sop_class_uid, s.instance_number, s.number_of_frames, s.images_in_acquisition, s.content_hash,
-    s.frame_of_reference_uid
+    se.id, s.sop_instance_uid, s.number_of_frames, s.content_hash, {S_SAID}
 FROM staged s JOIN patient pt ON pt.patient_id = s.patient
 JOIN study st ON st.patient_id = pt.id AND st.study_instance_uid = s.study_instance_uid
 JOIN series se ON se.study_id = st.id AND se.series_instance_uid = s.series_instance_uid
@@ -140,12 +146,15 @@ CORRECT: tuple[str, ...] = (
          s.intercept, s.modality_lut)
     """,
     f"""
-    UPDATE instance SET sop_class_uid = s.sop_class_uid, instance_number = s.instance_number,
-        images_in_acquisition = s.images_in_acquisition, frame_of_reference_uid = s.frame_of_reference_uid
+    UPDATE instance SET {", ".join(f"{name} = s.{name}" for name in SAID)}
     FROM {STAGED_IMAGES} {STAGED_FILES} JOIN location l ON l.image_id = i.id AND l.file_id = f.id AND l.preferred
-    WHERE instance.id = ins.id AND s.frame = 0 AND 
-        (ins.sop_class_uid, ins.instance_number, ins.images_in_acquisition, ins.frame_of_reference_uid) IS DISTINCT FROM
-        (s.sop_class_uid, s.instance_number, s.images_in_acquisition, s.frame_of_reference_uid)
+    WHERE instance.id = ins.id AND s.frame = 0 AND ({INS_SAID}) IS DISTINCT FROM ({S_SAID})
+    """,
+    # An object without images has one file, or several that say the same.
+    f"""
+    UPDATE instance SET {", ".join(f"{name} = s.{name}" for name in SAID)}
+    FROM {STAGED_INSTANCES} {STAGED_FILES}
+    WHERE instance.id = ins.id AND s.frame IS NULL AND f.instance_id = ins.id AND ({INS_SAID}) IS DISTINCT FROM ({S_SAID})
     """,
 )
 

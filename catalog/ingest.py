@@ -23,7 +23,7 @@ from typing import Any
 
 import psycopg
 
-from catalog import __version__, erased, files, images, layouts, pairings, remote
+from catalog import __version__, erased, files, images, layouts, overlaps, pairings, remote
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
 from catalog.layouts import Annotation, Found, Image, choosing
@@ -323,7 +323,8 @@ def _ingest(
     conn.commit()
     pairings.make_masks(conn, run.root_id)
     if run.files_read:
-        conn.execute("ANALYZE pairing, mask, flag")
+        conn.execute("ANALYZE pairing, mask, shape, flag")
+        overlaps.bring_up(conn, run.root_id)
     conn.commit()
     summary.standing_errors = run.note_standing()
     conn.commit()

@@ -26,6 +26,7 @@ from catalog import images
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError
 from catalog.ingest import LOCK_CLASS
+from catalog.nearness import BLOCKS, near_hash
 from catalog.reading import Progress, processes
 
 IMAGES_PER_TASK = 64
@@ -40,10 +41,12 @@ MOST_LEVELS = 1 << 20  # whole numbers are counted value by value where they spa
 NOT_THE_FILE = ("changed", "missing", "no-access", "no-decoder", "cache-limit", "cache-full", "cache-unusable")
 
 # An image whose file was found unreadable is looked at again once that flag is closed: by an ingest of another file, or by a person.
-UNMEASURED = """
+# One that was measured before there were near hashes is measured once more, if it can have one (`nearness.near_hash`).
+UNMEASURED = f"""
 FROM image i JOIN location l ON l.image_id = i.id AND l.preferred JOIN file f ON f.id = l.file_id AND f.state = 'present'
 JOIN root r ON r.id = f.root_id
-WHERE i.id > %(after)s AND (i.pixel_hash IS NULL OR NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id)) AND NOT EXISTS (
+WHERE i.id > %(after)s AND (i.pixel_hash IS NULL OR NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id AND (
+    m.near_hash IS NOT NULL OR m.minimum >= m.maximum OR m.nans > 0 OR least(i.rows, i.columns) < {BLOCKS}))) AND NOT EXISTS (
     SELECT FROM flag g WHERE g.file_id = f.id AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE'))
 """
 COUNT = f"SELECT count(*) {UNMEASURED}"
@@ -56,7 +59,7 @@ SELECT i.id, f.id, r.id, r.url, f.path, f.size, f.mtime_ns, f.format, l.coding, 
 STAGED = """
 CREATE TEMP TABLE IF NOT EXISTS measured (
     image_id bigint, file_id bigint, size bigint, mtime_ns bigint, pixel_hash bytea, minimum float8, maximum float8, mean float8,
-    deviation float8, entropy float8, saturated float8, nans bigint
+    deviation float8, entropy float8, saturated float8, nans bigint, near_hash bigint
 ) ON COMMIT DELETE ROWS
 """
 # What an ingest took out or read again meanwhile.
@@ -66,8 +69,9 @@ DELETE FROM measured m WHERE NOT EXISTS (
     WHERE l.image_id = m.image_id AND f.id = m.file_id AND (f.size, f.mtime_ns) = (m.size, m.mtime_ns))
 """
 MEASURE = """
-INSERT INTO measure (image_id, minimum, maximum, mean, deviation, entropy, saturated, nans)
-SELECT image_id, minimum, maximum, mean, deviation, entropy, saturated, nans FROM measured ORDER BY image_id ON CONFLICT DO NOTHING
+INSERT INTO measure (image_id, minimum, maximum, mean, deviation, entropy, saturated, nans, near_hash)
+SELECT image_id, minimum, maximum, mean, deviation, entropy, saturated, nans, near_hash FROM measured ORDER BY image_id
+ON CONFLICT (image_id) DO UPDATE SET near_hash = excluded.near_hash WHERE measure.near_hash IS NULL AND excluded.near_hash IS NOT NULL
 """
 HASH = """
 UPDATE image i SET pixel_hash = m.pixel_hash FROM measured m WHERE i.id = m.image_id AND m.pixel_hash IS NOT NULL AND i.pixel_hash IS NULL
@@ -108,6 +112,7 @@ class Summary:
     flagged: int = 0  # as unreadable
     left: dict[str, int] = field(default_factory=dict)  # not measured now for another reason: code and message → how many
     not_measured: int = 0  # all that have no row in ``measure``
+    contours: int = 0  # whose edges were measured: rows added to ``edge_fit``
     seconds: float = 0.0
 
 
@@ -155,6 +160,7 @@ class Measured(NamedTuple):
     item: Item
     pixel_hash: bytes | None
     statistics: Statistics
+    near_hash: int | None  # None: too small, constant, or with values that are not finite
 
 
 class Left(NamedTuple):
@@ -176,11 +182,13 @@ def measure(
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Summary:
-    """Measure the pixels of all images that have no row in ``measure``, or no pixel hash.
+    """Measure the pixels of all images that have no row in ``measure``, no pixel hash, or no near hash where one can be made.
+
+    Then how well contours follow the edges of measured images (`edges.fit`).
 
     Args:
         jobs: Processes; by default one a core.
-        limit: At most so many images.
+        limit: At most so many images, and contours.
         progress: Called with (images done, images to do).
         say: Called with a line when something is being waited for.
 
@@ -190,6 +198,8 @@ def measure(
     Raises:
         CatalogError: If the database refuses, or no process can be started.
     """
+    from catalog import edges
+
     begun = time.monotonic()
     summary = Summary()
     try:
@@ -220,6 +230,7 @@ def measure(
             conn.commit()
     except psycopg.Error as error:
         raise explain(error, database) from error
+    summary.contours = edges.fit(database, jobs=jobs, limit=limit, say=say)
     summary.seconds = round(time.monotonic() - begun, 3)
     return summary
 
@@ -247,7 +258,8 @@ def _write(conn: psycopg.Connection[Any], batch: Sequence[Outcome], summary: Sum
     if measured:
         with conn.cursor().copy("COPY measured FROM STDIN") as copy:
             for one in measured:
-                copy.write_row((one.item.image_id, one.item.file_id, one.item.size, one.item.mtime_ns, one.pixel_hash, *one.statistics))
+                item = one.item
+                copy.write_row((item.image_id, item.file_id, item.size, item.mtime_ns, one.pixel_hash, *one.statistics, one.near_hash))
         if outdated := conn.execute(OUTDATED).rowcount:
             _count(summary, *CHANGED, outdated)
         summary.measured += len(measured) - outdated
@@ -352,8 +364,7 @@ def _measure_file(items: list[Item], scratch: npt.NDArray[np.uint8]) -> list[Out
                 if item.dtype is None:
                     found.append(_decoded(item, path))
                 else:
-                    stored = _by_offset(item, descriptor, scratch)
-                    found.append(Measured(item, _hash(stored) if item.to_hash else None, statistics(stored, item.slope, item.intercept)))
+                    found.append(_measured(item, _by_offset(item, descriptor, scratch)))
         if "://" not in first.root and _changed(path.stat(), first):
             return [Left(item, *CHANGED) for item in items]
     except FileNotFoundError:
@@ -404,6 +415,26 @@ def _opened(item: Item, decode: bool, stack: contextlib.ExitStack) -> tuple[int,
     return descriptor, Path(path)
 
 
+def stored_values(item: Item) -> Array:
+    """Return an image's stored values, read from its file: (rows, columns), or (rows, columns, samples); a new array.
+
+    Raises:
+        FileError: ``missing``, ``changed``, ``no-access`` or ``truncated``; as the decoders.
+        OSError: If reading fails.
+    """
+    from catalog import dicom, raster
+
+    with contextlib.ExitStack() as stack:
+        descriptor, path = _opened(item, item.dtype is None, stack)
+        if item.dtype is None:
+            stored: Array = (raster if item.format == "raster" else dicom).decode_frame(path, item.frame)
+        else:
+            stored = _by_offset(item, descriptor, np.empty(item.length or 0, np.uint8))
+    if stored.size != item.rows * item.columns * item.samples:
+        raise FileError(*CHANGED)
+    return stored.reshape((item.rows, item.columns) if item.samples == 1 else (item.rows, item.columns, item.samples))
+
+
 def _left(items: list[Item], found: list[Outcome], code: str, message: str) -> list[Outcome]:
     # What damages one frame is seldom alone in its file, and the flag is the file's.
     return [*found, *(Left(item, code, message) for item in items[len(found) :])]
@@ -436,11 +467,18 @@ def _decoded(item: Item, path: Path) -> Measured:
         stored = (raster if item.format == "raster" else dicom).decode_frame(path, item.frame)
         if stored.size != item.rows * item.columns * item.samples:
             raise FileError("shape", f"decodes to {'×'.join(map(str, stored.shape))}, not to the catalogued {item.rows}×{item.columns}")
-    found = statistics(dicom.decode_values(path, item.frame)) if item.modality_lut else None
-    if found is None:
+    return _measured(item, stored, dicom.decode_values(path, item.frame) if item.modality_lut else None)
+
+
+def _measured(item: Item, stored: Array | None, values: Array | None = None) -> Measured:
+    """Measure an image by its stored values, or by `values`, which come out of a Modality LUT; what is hashed is stored."""
+    pixel_hash = _hash(stored) if item.to_hash and stored is not None else None
+    slope, intercept = (item.slope, item.intercept) if values is None else (1.0, 0.0)
+    if values is None:
         assert stored is not None
-        found = statistics(stored, item.slope, item.intercept)
-    return Measured(item, _hash(stored) if item.to_hash and stored is not None else None, found)
+        values = stored
+    shape = (item.rows, item.columns) if item.samples == 1 else (item.rows, item.columns, item.samples)
+    return Measured(item, pixel_hash, statistics(values, slope, intercept), near_hash(values.reshape(shape), slope))
 
 
 def _hash(stored: Array) -> bytes:

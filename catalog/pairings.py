@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.types.json import Jsonb
 
-from catalog import contours, geometry
-from catalog.contours import FloatArray
+from catalog import contours, shapes
 from catalog.layouts import Annotation
 from catalog.reading import Read
 from catalog.records import Drawn
@@ -347,13 +346,14 @@ def pair(conn: psycopg.Connection[Any], run: Run, annotations: Sequence[Annotati
 
 
 # Segments are masks already; on an image of another grid they are none, and a finding.
-MASKS_OF_SEGMENTS = """
-INSERT INTO mask (pairing_id, rows, columns, box_row, box_column, box_rows, box_columns, bits)
-SELECT p.id, a.rows, a.columns, a.box[1], a.box[2], a.box[3], a.box[4], a.bits
+SEGMENTS = """
+SELECT p.id, a.rows, a.columns, a.box, a.bits, i.image_position, i.image_orientation, i.row_spacing, i.column_spacing
 FROM pairing p JOIN annotation a ON a.id = p.annotation_id AND a.kind = 'segment' JOIN file f ON f.id = a.file_id
 JOIN image i ON i.id = p.image_id AND (i.rows, i.columns) = (a.rows, a.columns)
-WHERE f.root_id = %(root)s AND p.state <> 'rejected' AND NOT EXISTS (SELECT FROM mask m WHERE m.pairing_id = p.id)
+WHERE f.root_id = %s AND p.id > %s AND p.state <> 'rejected' AND NOT EXISTS (SELECT FROM mask m WHERE m.pairing_id = p.id)
+ORDER BY p.id LIMIT %s
 """
+MASK = "COPY mask (pairing_id, rows, columns, box_row, box_column, box_rows, box_columns, bits) FROM STDIN"
 OTHER_GRIDS = """
 SELECT p.id, a.rows || '×' || a.columns || ', the image has ' || i.rows || '×' || i.columns
 FROM pairing p JOIN annotation a ON a.id = p.annotation_id AND a.kind = 'segment' AND a.current JOIN file f ON f.id = a.file_id
@@ -362,14 +362,13 @@ WHERE f.root_id = %(root)s AND p.state <> 'rejected' AND NOT EXISTS (SELECT FROM
 """
 
 
-def make_masks(conn: psycopg.Connection[Any], root_id: int) -> None:
-    """Make the mask of every pairing of the root that has none yet; commits every 1,000 polygons."""
-    root = {"root": root_id}
-    if conn.execute(f"SELECT EXISTS ({MASKS_OF_SEGMENTS[MASKS_OF_SEGMENTS.index('SELECT') :]})", root).fetchone() == (True,):
-        conn.execute(MASKS_OF_SEGMENTS, root)
-    for pairing_id, grids in conn.execute(OTHER_GRIDS, root).fetchall():
+def make_masks(conn: psycopg.Connection[Any], root_id: int, *, commit: bool = True) -> None:
+    """Make the mask and the shape of every pairing of the root that has none yet; commits every 1,000 masks, or leaves it to the caller."""
+    _masks_of_segments(conn, root_id, commit)
+    for pairing_id, grids in conn.execute(OTHER_GRIDS, {"root": root_id}).fetchall():
         _flag_pairing(conn, pairing_id, "PAIR-GRID", f"the segment has {grids}; it has no mask there")
-    conn.commit()
+    if commit:
+        conn.commit()
     last = 0
     while True:
         todo = conn.execute(
@@ -383,14 +382,12 @@ def make_masks(conn: psycopg.Connection[Any], root_id: int) -> None:
         if not todo:
             return
         last = todo[-1][0]
-        areas, unplaced, far = [], [], []
-        with conn.cursor().copy(
-            "COPY mask (pairing_id, rows, columns, box_row, box_column, box_rows, box_columns, bits) FROM STDIN"
-        ) as copy:
+        areas, unplaced, far, shaped = [], [], [], []
+        with conn.cursor().copy(MASK) as copy:
             for pairing_id, annotation_id, points, rings, convention, shift_x, shift_y, polygon_area, rows, columns, *place in todo:
                 drawn = contours.unflatten(points, rings, 3 if convention == "patient" else 2)
                 if convention == "patient":
-                    placed = _in_pixels(drawn, place)
+                    placed = shapes.in_pixels(drawn, place)
                     if placed is None:
                         unplaced.append(annotation_id)
                         continue
@@ -399,9 +396,14 @@ def make_masks(conn: psycopg.Connection[Any], root_id: int) -> None:
                     if off > PLANE_MM:
                         far.append((pairing_id, off))
                 raster = contours.rasterise(drawn, rows, columns, convention=convention, shift=(shift_x, shift_y))
-                copy.write_row((pairing_id, rows, columns, *contours.boxed(raster)))
+                *box, bits = contours.boxed(raster)
+                copy.write_row((pairing_id, rows, columns, *box, bits))
+                covered, shift = (box[0], box[1], box[2], box[3]), (shift_x, shift_y)
+                shape = shapes.of_polygon(drawn, rows, columns, covered, bits, convention=convention, shift=shift, place=place)
+                shaped.append(shapes.row(pairing_id, shape))
                 if max(rings, default=0) >= 3:  # fewer are flagged as such
                     areas.append((annotation_id, int(raster.sum()), polygon_area))
+        shapes.write(conn, shaped)
         for annotation_id in unplaced:
             flag(conn, annotation_id, "MASK-GEOMETRY", "its image does not say plainly where it lies, so it has no mask there")
         for pairing_id, off in far:
@@ -414,19 +416,23 @@ def make_masks(conn: psycopg.Connection[Any], root_id: int) -> None:
                     f"{area} px in the mask, {polygon_area:.0f} px² in the polygon: it crosses itself, or lies partly outside the image"
                 )
                 flag(conn, annotation_id, "MASK-AREA", detail, severity="warning", value=area / polygon_area if polygon_area else None)
-        conn.commit()
+        if commit:
+            conn.commit()
 
 
-def _in_pixels(rings: list[FloatArray], place: Sequence[Any]) -> tuple[list[FloatArray], float] | None:
-    """Return rings in mm of the patient as pixels of an image, and how far off its plane they lie at most, in mm.
-
-    None if the image does not say where it lies, or not plainly.
-    """
-    position, orientation, row_spacing, column_spacing = place
-    if position is None or orientation is None or not row_spacing or not column_spacing:
-        return None
-    try:
-        placed = [geometry.to_pixels(ring, position, orientation, (row_spacing, column_spacing)) for ring in rings]
-    except ValueError:
-        return None
-    return [pixels for pixels, _ in placed], max((float(abs(distance).max()) for _, distance in placed), default=0.0)
+def _masks_of_segments(conn: psycopg.Connection[Any], root_id: int, commit: bool) -> None:
+    last = 0
+    while todo := conn.execute(SEGMENTS, [root_id, last, MASKS_PER_COMMIT]).fetchall():
+        last = todo[-1][0]
+        with conn.cursor().copy(MASK) as copy:
+            for pairing_id, rows, columns, box, bits, *_ in todo:
+                copy.write_row((pairing_id, rows, columns, *box, bits))
+        shapes.write(
+            conn,
+            [
+                shapes.row(pairing_id, shapes.of_segment(rows, columns, (box[0], box[1], box[2], box[3]), bits, place))
+                for pairing_id, rows, columns, box, bits, *place in todo
+            ],
+        )
+        if commit:
+            conn.commit()

@@ -57,6 +57,19 @@ class Pixels:
         """Bytes of one frame, unpacked and uncompressed."""
         return self.rows * self.columns * self.samples * -(-self.bits_allocated // 8)
 
+    @property
+    def uncompressed_bytes(self) -> int:
+        """Bytes of all frames as they lie in uncompressed pixel data: single bits are packed across frames."""
+        bits = self.number_of_frames * self.rows * self.columns * self.samples * self.bits_allocated
+        # PS3.3 C.7.6.3.1.2: two pixels share their colour.
+        return -(-(bits * 2 // 3 if self.photometric == "YBR_FULL_422" else bits) // 8)
+
+    @property
+    def surplus_bytes(self) -> int:
+        """Bytes of uncompressed pixel data beyond that and the byte that makes a length even (PS3.5 7.1.1); 0 for compressed ones."""
+        expected = self.uncompressed_bytes
+        return max(0, self.length - expected - expected % 2) if self.transfer_syntax in UNCOMPRESSED else 0
+
 
 def check(pixels: Pixels) -> None:
     """Refuse an Image Pixel module that contradicts itself or the file's size. Reads no pixels.
@@ -110,9 +123,7 @@ def check(pixels: Pixels) -> None:
         decoders.decoder(pixels)
         expected = 8 * (pixels.number_of_frames + 1)  # an item for the offset table and at least one a frame: PS3.5 A.4
     else:
-        bits = pixels.number_of_frames * pixels.rows * pixels.columns * pixels.samples * pixels.bits_allocated
-        # PS3.3 C.7.6.3.1.2: two pixels share their colour.
-        expected = -(-(bits * 2 // 3 if pixels.photometric == "YBR_FULL_422" else bits) // 8)
+        expected = pixels.uncompressed_bytes
     if available < expected:
         raise FileError(
             "truncated",

@@ -1,57 +1,45 @@
-"""QA rules: a rule is a file ``<CODE>.sql`` with a head that says what it is, and one query that returns what fails it.
-
-    -- title: Inner contour larger than the outer one
-    -- severity: error                error, warning or info
-    -- subject: pairing               file, image, annotation, pairing, series, study or patient
-    -- version: 1
-    -- scope: series                  or all, for a rule that compares across patients; see below
-    -- means: what it means; goes on
-    --   in lines that are indented
-    -- do: what to do about it
-    -- parameter least: 0.5 px; what it is for
-    SELECT p.id AS subject_id, area AS value, 'in words, with units' AS detail FROM …
-    -- not evaluated
-    SELECT count(*), 'why not' FROM …
-
-The query may return a fourth column, ``severity``, that differs from the head's. ``:least`` in it is the parameter, of its default's type.
-A rule of scope ``series`` joins the table ``scope`` (series_id, study_id, patient_id): all series of the patients to look at, of all
-patients or of those of whom something changed. The query after ``-- not evaluated`` counts what could not be looked at; it may be left
-out. A head with ``raised by`` (ingest, loaderd, measure) and no query describes what those raise by themselves.
+"""Runs rules, whose files are described in `rulefiles.py`, and keeps the flags that say what they found.
 
 Rules run under the login that cannot write. What they find is compared with the flags that are there: a new finding is raised, one that
-is no longer so closes itself, one that a person called a false positive stays closed until its value changes by more than 5 %.
+is no longer so closes itself, one that a person called a false positive stays closed until its value changes by more than 5 %. What is
+as it was writes nothing, so that daemons do not plan again. A rule that is turned off here closes its flags the next time it is asked for.
+
+With `changed`, rules of scope ``series`` look at those patients alone of whom something was touched since the last complete run (one with
+all of our rules). A rule that was not in that run as it is now (another query, parameter, relation) looks at all, as does one of scope
+``all``.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import re
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psycopg
 from psycopg import sql
 
-from catalog import __version__, flags
+from catalog import __version__, flags, overlaps, shapes
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, UsageError
+from catalog.rulefiles import SEVERITIES, Rule, Value, as_kind, bound, load
 
-FOLDER = Path(__file__).parent / "rules"
 ACTOR = "qa"
 LOCK = 0x5CA90A  # advisory: one run at a time
 RULE_TIMEOUT_S = 600.0
 SAME = 0.05  # share by which a false positive's value may change and still be that
-SEVERITIES = ("error", "warning", "info")
-HEAD = re.compile(r"--\s?(?P<key>title|severity|subject|version|scope|means|do|raised by|parameter \w+)\s*:\s*(?P<value>.*)")
-PARAMETER = re.compile(r"(?<![:\w]):([a-z_][a-z_0-9]*)\b")
+OFF = "the rule is turned off here"
+ROUNDING = 1e-9  # 0.735 is no more than 5 % over 0.7, whatever doubles say
 
 # In which series a subject is; none for what belongs to no series, and for study and patient, which `scope` has by column.
 SERIES = {
     "file": "SELECT n.series_id FROM location l JOIN image i ON i.id = l.image_id JOIN instance n ON n.id = i.instance_id "
-    "WHERE l.file_id = g.file_id UNION ALL SELECT n.series_id FROM file f JOIN instance n ON n.id = f.instance_id WHERE f.id = g.file_id",
+    "WHERE l.file_id = g.file_id UNION ALL SELECT n.series_id FROM file f JOIN instance n ON n.id = f.instance_id WHERE f.id = g.file_id "
+    "UNION ALL SELECT n.series_id FROM annotation a JOIN pairing p ON p.annotation_id = a.id JOIN image i ON i.id = p.image_id "
+    "JOIN instance n ON n.id = i.instance_id WHERE a.file_id = g.file_id",
     "image": "SELECT n.series_id FROM image i JOIN instance n ON n.id = i.instance_id WHERE i.id = g.image_id",
     "annotation": "SELECT n.series_id FROM pairing p JOIN image i ON i.id = p.image_id JOIN instance n ON n.id = i.instance_id "
     "WHERE p.annotation_id = g.annotation_id",
@@ -62,29 +50,23 @@ SERIES = {
     "patient": "SELECT se.id FROM series se JOIN study st ON st.id = se.study_id WHERE st.patient_id = g.patient_id",
 }
 
-FOUND = """
-CREATE TEMP TABLE IF NOT EXISTS found (subject_id bigint, value float8, detail text, severity text) ON COMMIT DELETE ROWS
+# `seen`: what was touched before the rules began. Not those up to the highest number: one that is lower may be committed later.
+WORK = """
+CREATE TEMP TABLE found (subject_id bigint, value float8, detail text, severity text) ON COMMIT DELETE ROWS;
+CREATE TEMP TABLE seen AS SELECT id, series_id FROM touched;
+ANALYZE seen
 """
 
+# Of a series that is gone nobody knows any more whose it was: all are looked at.
+TOUCHED = """
+WHERE st.patient_id IN (SELECT t.patient_id FROM seen c JOIN series s ON s.id = c.series_id JOIN study t ON t.id = s.study_id)
+   OR EXISTS (SELECT FROM seen c WHERE NOT EXISTS (SELECT FROM series s WHERE s.id = c.series_id))
+"""
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One rule, as its file says it."""
-
-    code: str
-    title: str
-    severity: str
-    subject: str
-    version: int
-    means: str
-    do: str
-    scope: Literal["series", "all"]
-    raised_by: str  # empty: by `catalog qa run`
-    parameters: Mapping[str, float | bool | str]  # with their defaults
-    said: Mapping[str, str]  # what each parameter is for
-    query: str
-    not_evaluated: str
-    path: Path
+COMPLETE = """
+SELECT rule, digest FROM qa_result
+WHERE qa_run_id = (SELECT id FROM qa_run WHERE complete ORDER BY id DESC LIMIT 1)
+"""
 
 
 @dataclass(slots=True)
@@ -110,79 +92,10 @@ class Summary:
 
     run: int | None  # None in a dry run
     changed_only: bool
-    patients: int
+    patients: int  # looked at; with changed by rules that need not look at all
     results: list[Result] = field(default_factory=list)
+    open: dict[str, int] = field(default_factory=dict)  # severity → open flags of all rules asked for, those that ingest raises too
     seconds: float = 0.0
-
-
-def load(folders: Sequence[Path] = ()) -> dict[str, Rule]:
-    """Return the rules by code: our own, and those in these folders.
-
-    Raises:
-        UsageError: If a folder cannot be read, a file is no rule, or two have one code.
-    """
-    rules: dict[str, Rule] = {}
-    for folder in (FOLDER, *folders):
-        if not folder.is_dir():
-            raise UsageError(f"{folder}: is no folder; --rules takes one with .sql files in it")
-        for path in sorted(folder.glob("*.sql")):
-            rule = parse(path)
-            if rule.code in rules:
-                raise UsageError(f"{path}: there is a rule {rule.code} already ({rules[rule.code].path}); give it another name")
-            rules[rule.code] = rule
-    return rules
-
-
-def parse(path: Path) -> Rule:
-    """Return the rule in a file. Raises UsageError, with the line, if it is none."""
-    if not re.fullmatch(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+)*", path.stem):
-        raise UsageError(f"{path}: a rule's file is named CODE.sql, in capitals, digits and hyphens, such as MASK-TINY.sql")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or 'other bytes'}") from None
-    head: dict[str, str] = {}
-    parts: dict[str, list[str]] = {"query": [], "not evaluated": []}
-    into, key = "query", ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() == "-- not evaluated":
-            into, key = "not evaluated", ""
-        elif (match := HEAD.fullmatch(line.rstrip())) and not parts["query"]:
-            key = match["key"]
-            if key in head:
-                raise UsageError(f"{path}:{number}: {key} is there twice")
-            head[key] = match["value"].strip()
-        elif line.startswith("--   ") and key:
-            head[key] += " " + line[2:].strip()
-        else:
-            key = ""
-            if line.strip() and not (line.startswith("--") and not parts[into]):
-                parts[into].append(line)
-    query = "\n".join(parts["query"]).strip().rstrip(";")
-    raised_by = head.get("raised by", "")
-    for needed in ("title", "severity", "subject", "means", "do"):
-        if not head.get(needed):
-            raise UsageError(f"{path}: its head says no {needed}; see `catalog qa rules --help`")
-    if head["severity"] not in SEVERITIES or head["subject"] not in SERIES or head.get("scope", "series") not in ("series", "all"):
-        raise UsageError(f"{path}: severity is one of {', '.join(SEVERITIES)}; subject one of {', '.join(SERIES)}; scope series or all")
-    if bool(query) == bool(raised_by):
-        raise UsageError(f"{path}: needs one query, or says by whom it is raised")
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", head.get("version", "1")):
-        raise UsageError(f"{path}: its version is no whole number from 1")
-    parameters, said = {}, {}
-    for name, value in head.items():
-        if name.startswith("parameter "):
-            default, _, words = value.partition(" ")
-            parameters[name[10:]] = _value(default)
-            said[name[10:]] = words.strip()
-    used = set(PARAMETER.findall(query)) | set(PARAMETER.findall("\n".join(parts["not evaluated"])))
-    if used - parameters.keys():
-        raise UsageError(f"{path}: the query has :{min(used - parameters.keys())}, which is no parameter of its head")
-    return Rule(
-        path.stem, head["title"], head["severity"], head["subject"], int(head.get("version", "1")), head["means"], head["do"],
-        "all" if head.get("scope") == "all" else "series", raised_by, parameters, said, query,
-        "\n".join(parts["not evaluated"]).strip().rstrip(";"), path,
-    )  # fmt: skip
 
 
 def chosen(rules: Mapping[str, Rule], pattern: str | None) -> list[Rule]:
@@ -206,7 +119,7 @@ def run(
     """Evaluate rules and bring the flags up to what they find.
 
     Args:
-        changed: Look at those patients alone of whom something changed since they were last looked at by all of these rules; rules
+        changed: Look at those patients alone of whom something changed since they were last looked at by all of our rules; rules
             that compare across patients look at all.
         progress: Called with (rules done, rules).
         say: Called with a line when another run is being waited for.
@@ -215,37 +128,56 @@ def run(
         CatalogError: If the database refuses, or a rule's query fails: what the rules before it found is kept.
     """
     begun = time.monotonic()
-    asked = [rule for rule in rules if rule.query]
+    asked = list(rules)
     actor = flags.person(actor)
+    ours = {rule.code for rule in load().values() if rule.query and rule.scope == "series"}
+    complete = not dry_run and ours <= {rule.code for rule in asked}
     try:
         with database.connect(application_name="catalog qa") as conn, database.read_only(timeout_s=RULE_TIMEOUT_S) as reading:
             if conn.execute("SELECT pg_try_advisory_lock(%s)", [LOCK]).fetchone() != (True,):
                 say("another run of the rules is going on; waiting for it")
                 conn.execute("SELECT pg_advisory_lock(%s)", [LOCK])
+            if not dry_run:
+                shapes.make_missing(conn)
             settings = _settings(conn)
-            asked = [rule for rule in asked if settings.get((rule.code, "enabled"), "true") != "false"]
-            seen = _fill_scope(conn, changed)
-            conn.execute(FOUND)
-            run_id = None
+            digests = _digests(conn, asked, settings)
+            known = dict(conn.execute(COMPLETE).fetchall()) if changed else {}
+            summary = Summary(None, changed, 0)
             if not dry_run:
                 row = conn.execute(
                     "INSERT INTO qa_run (changed_only, actor, program_version) VALUES (%s, %s, %s) RETURNING id",
                     [changed, actor, __version__],
                 ).fetchone()
-                run_id = None if row is None else int(row[0])
-            counted = conn.execute("SELECT count(DISTINCT patient_id) FROM scope").fetchone()
+                summary.run = None if row is None else int(row[0])
+            for statement in WORK.split(";"):
+                conn.execute(statement.encode())
             conn.commit()
-            summary = Summary(run_id, changed, counted[0] if counted else 0)
-            for done, rule in enumerate(asked):
-                progress(done, len(asked))
-                summary.results.append(_evaluate(conn, reading, rule, settings, changed, run_id))
-            progress(len(asked), len(asked))
-            if run_id is not None:
-                # What was touched while the rules ran has a higher id, and stays.
-                if {rule.code for rule in asked} >= {rule.code for rule in load().values() if rule.query and rule.scope == "series"}:
-                    conn.execute("DELETE FROM touched WHERE id <= %s", [seen])
-                conn.execute("UPDATE qa_run SET finished_at = now() WHERE id = %s", [run_id])
+            evaluated = [rule for rule in asked if rule.query]
+            part = [rule for rule in evaluated if rule.scope == "series" and known.get(rule.code) == digests[rule.code]]
+            whole = [rule for rule in evaluated if rule not in part]
+            for some, condition in ((part, TOUCHED), (whole, "")):
+                if not some:
+                    continue
+                patients = _fill_scope(conn, condition)
+                if some is part or not part:
+                    summary.patients = patients
+                if not dry_run:
+                    overlaps.bring_up(conn)
+                    conn.commit()
+                for rule in some:
+                    progress(len(summary.results), len(evaluated))
+                    summary.results.append(_evaluate(conn, reading, rule, settings, condition != "", summary.run, digests[rule.code]))
+            progress(len(evaluated), len(evaluated))
+            summary.results.sort(key=lambda one: one.rule)
+            if summary.run is not None:
+                if complete:
+                    conn.execute("DELETE FROM touched WHERE id IN (SELECT id FROM seen)")
+                conn.execute("UPDATE qa_run SET finished_at = now(), complete = %s WHERE id = %s", [complete, summary.run])
                 conn.execute("ANALYZE flag")
+            summary.open = _open(conn, [rule.code for rule in asked if rule.raised_by])
+            for result in summary.results:
+                for severity, count in result.open.items():
+                    summary.open[severity] = summary.open.get(severity, 0) + count
             conn.commit()
     except psycopg.Error as error:
         raise explain(error, database) from error
@@ -261,17 +193,22 @@ def set_value(
     Raises:
         UsageError: If the rule has no such parameter, or the value is none of its type.
     """
+    if rule.raised_by:
+        raise UsageError(f"{rule.code}: {rule.raised_by} raises it by itself, so there is nothing to set; close its flags")
     if name != "enabled" and name not in rule.parameters:
         known = ", ".join((*rule.parameters, "enabled"))
         raise UsageError(f"{name}: {rule.code} has no such parameter; it has {known}")
     kind = bool if name == "enabled" else type(rule.parameters[name])
-    if value is not None and type(_value(value)) is not kind:
-        raise UsageError(f"{value}: {name} is a {'number' if kind is float else 'true or false' if kind is bool else 'text'}")
     reason, actor = flags.written(reason, "-m"), flags.person(actor)
+    if value is not None and as_kind(flags.written(value, "VALUE"), kind) is None:
+        raise UsageError(f"VALUE: {name} of {rule.code} is a {KINDS[kind]}")
     with flags.transaction(database, dry_run=dry_run) as conn:
         row = conn.execute("SELECT value FROM rule_setting WHERE rule = %s AND name = %s", [rule.code, name]).fetchone()
+        before = None if row is None else str(row[0])
+        if value == before:
+            return before
+        flags.sign(conn, actor, reason)
         if value is None:
-            conn.execute("SELECT set_config('catalog.actor', %s, true), set_config('catalog.reason', %s, true)", [actor, reason])
             conn.execute("DELETE FROM rule_setting WHERE rule = %s AND name = %s", [rule.code, name])
         else:
             conn.execute(
@@ -280,29 +217,52 @@ def set_value(
                 "SET value = excluded.value, actor = excluded.actor, reason = excluded.reason, at = now()",
                 [rule.code, name, value, actor, reason],
             )
-        return None if row is None else str(row[0])
+        return before
+
+
+KINDS = {float: "number, such as 2.5", bool: "yes or no: true or false", str: "word"}
 
 
 def _settings(conn: psycopg.Connection[Any]) -> dict[tuple[str, str], str]:
     return {(rule, name): value for rule, name, value in conn.execute("SELECT rule, name, value FROM rule_setting")}
 
 
-def _fill_scope(conn: psycopg.Connection[Any], changed: bool) -> int:
-    """Write which series are looked at. Returns the last change that is seen by it."""
-    row = conn.execute("SELECT coalesce(max(id), 0) FROM touched").fetchone()
-    assert row is not None
+def _enabled(rule: Rule, settings: Mapping[tuple[str, str], str]) -> bool:
+    return settings.get((rule.code, "enabled"), "true") != "false"
+
+
+def _parameters(rule: Rule, settings: Mapping[tuple[str, str], str]) -> dict[str, Value]:
+    """Return what a rule's parameters are here."""
+    parameters = dict(rule.parameters)
+    for name, default in rule.parameters.items():
+        if (text := settings.get((rule.code, name))) is not None:
+            if (value := as_kind(text, type(default))) is None:
+                raise CatalogError(f"{rule.code}: {name} was set to what is no {KINDS[type(default)]}; set it anew (`catalog qa set`)")
+            parameters[name] = value
+    return parameters
+
+
+def _digests(conn: psycopg.Connection[Any], rules: Iterable[Rule], settings: Mapping[tuple[str, str], str]) -> dict[str, bytes]:
+    """Return what each rule is now: what of it decides on flags."""
+    relations = conn.execute("SELECT inside, outside FROM relation ORDER BY 1, 2").fetchall()
+    digests = {}
+    for rule in rules:
+        content = (rule.version, rule.severity, rule.subject, rule.query, rule.not_evaluated, _parameters(rule, settings))
+        digests[rule.code] = hashlib.sha256(json.dumps([*content, _enabled(rule, settings), relations]).encode()).digest()
+    return digests
+
+
+def _fill_scope(conn: psycopg.Connection[Any], condition: str) -> int:
+    """Write which series are looked at. Returns the number of patients."""
     conn.execute("TRUNCATE scope")
-    only = (
-        "WHERE st.patient_id IN (SELECT t.patient_id FROM touched c JOIN series s ON s.id = c.series_id JOIN study t ON t.id = s.study_id)"
-        if changed
-        else ""
-    )
     conn.execute(
         f"INSERT INTO scope (series_id, study_id, patient_id) "  # noqa: S608
-        f"SELECT se.id, st.id, st.patient_id FROM series se JOIN study st ON st.id = se.study_id {only} ORDER BY se.id"
+        f"SELECT se.id, st.id, st.patient_id FROM series se JOIN study st ON st.id = se.study_id {condition} ORDER BY se.id".encode()
     )
     conn.execute("ANALYZE scope")
-    return int(row[0])
+    row = conn.execute("SELECT count(DISTINCT patient_id) FROM scope").fetchone()
+    conn.commit()
+    return 0 if row is None else int(row[0])
 
 
 def _evaluate(
@@ -310,61 +270,87 @@ def _evaluate(
     reading: psycopg.Connection[Any],
     rule: Rule,
     settings: Mapping[tuple[str, str], str],
-    changed: bool,
+    part: bool,
     run_id: int | None,
+    digest: bytes,
 ) -> Result:
     begun = time.monotonic()
-    parameters = {name: _value(settings[rule.code, name]) if (rule.code, name) in settings else default
-                  for name, default in rule.parameters.items()}  # fmt: skip
     result = Result(rule.code, rule.title, rule.severity, rule.subject)
-    try:
-        with reading.cursor() as cursor:
-            cursor.execute(_bound(rule.query), parameters, prepare=True)
-            names = [column.name for column in cursor.description or ()]
-            if names[:3] != ["subject_id", "value", "detail"] or names[3:] not in ([], ["severity"]):
-                raise CatalogError(
-                    f"{rule.path}: returns {', '.join(names)}; it must return subject_id, value, detail and perhaps severity"
-                )
-            rows = cursor.fetchall()
-            if rule.not_evaluated:
-                for count, why in cursor.execute(_bound(rule.not_evaluated), parameters, prepare=True).fetchall():
-                    if count:
-                        result.not_evaluated += count
-                        result.why = f"{result.why}; {why}" if result.why else str(why)
-        reading.rollback()
-    except psycopg.Error as error:
-        said = error.diag.message_primary or str(error).splitlines()[0]
-        raise CatalogError(f"{rule.path}: its query fails: {said}") from error
-    best: dict[int, tuple[Any, ...]] = {}
-    for subject_id, value, detail, *own in rows:
-        severity = own[0] if own else rule.severity
-        one = (SEVERITIES.index(severity), subject_id, None if value is None else float(value), detail, severity)
-        if subject_id not in best or one[0] < best[subject_id][0]:
-            best[subject_id] = one
-    with conn.cursor().copy("COPY found (subject_id, value, detail, severity) FROM STDIN") as copy:
-        for one in best.values():
-            copy.write_row(one[1:])
-    result.findings = len(best)
-    _settle(conn, rule, result, changed and rule.scope == "series")
+    reason = "it is no longer so"
+    if _enabled(rule, settings):
+        best = _found(reading, rule, _parameters(rule, settings), result)
+        with conn.cursor().copy("COPY found (subject_id, value, detail, severity) FROM STDIN") as copy:
+            for row in best:
+                copy.write_row(row)
+    else:
+        result.why = reason = OFF
+    _settle(conn, rule, result, part, reason, write=run_id is not None)
     result.seconds = round(time.monotonic() - begun, 3)
-    if run_id is None:
-        conn.rollback()
-        conn.execute(FOUND)
-        return result
-    conn.execute(
-        "INSERT INTO qa_result (qa_run_id, rule, rule_version, findings, raised, closed, not_evaluated, why, seconds) "
-        "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)",
-        [run_id, rule.code, rule.version, result.findings, result.raised, result.closed, result.not_evaluated, result.why, result.seconds],
-    )
+    if run_id is not None:
+        conn.execute(
+            "INSERT INTO qa_result (qa_run_id, rule, rule_version, findings, raised, closed, not_evaluated, why, seconds, digest) "
+            "VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            [run_id, rule.code, rule.version, result.findings, result.raised, result.closed, result.not_evaluated, result.why,
+             result.seconds, digest],
+        )  # fmt: skip
     conn.commit()
     return result
 
 
-def _settle(conn: psycopg.Connection[Any], rule: Rule, result: Result, part: bool) -> None:
+def _found(
+    reading: psycopg.Connection[Any], rule: Rule, parameters: Mapping[str, Value], result: Result
+) -> list[tuple[int, float | None, str, str]]:
+    """Return what a rule's query finds, one a subject: of several the worst, and always the same one."""
+
+    def wrong(what: str) -> CatalogError:
+        return CatalogError(f"{rule.path}: {what}; no flag of {rule.code} was changed")
+
+    left: list[tuple[Any, ...]] = []
+    try:
+        with reading.cursor() as cursor:
+            cursor.execute(bound(rule.query), parameters, prepare=True)
+            names = [column.name for column in cursor.description or ()]
+            if names[:3] != ["subject_id", "value", "detail"] or names[3:] not in ([], ["severity"]):
+                what = ", ".join(names) or "no columns"
+                raise wrong(f"its query returns {what}; it must return subject_id, value, detail and perhaps severity")
+            rows = cursor.fetchall()
+            if rule.not_evaluated:
+                left = cursor.execute(bound(rule.not_evaluated), parameters, prepare=True).fetchall()
+        reading.rollback()
+    except psycopg.Error as error:
+        if reading.closed:
+            raise
+        said = error.diag.message_primary or (str(error).splitlines() or [type(error).__name__])[0]
+        raise wrong(f"its query fails: {said}") from error
+    best: dict[int, tuple[int, str, float, float | None]] = {}
+    for subject_id, number, detail, *own in rows:
+        severity = own[0] if own else rule.severity
+        if severity not in SEVERITIES:
+            raise wrong(f"its query returns another severity than {', '.join(SEVERITIES)}")
+        if type(subject_id) is not int or not isinstance(detail, str) or not detail:
+            raise wrong("its query returns a subject_id that is no whole number, or a detail that says nothing")
+        try:
+            value = None if number is None else float(number)
+        except (TypeError, ValueError):
+            raise wrong("its query returns a value that is no number") from None
+        one = (SEVERITIES.index(severity), detail, value or 0.0, value)
+        if subject_id not in best or one < best[subject_id]:
+            best[subject_id] = one
+    result.findings = len(best)
+    for row in left:
+        if len(row) != 2 or not isinstance(row[1], str | None) or (row[0] is not None and int(row[0]) != row[0]):
+            raise wrong("its query after `-- not evaluated` returns something else than a count and why")
+        if row[0]:
+            result.not_evaluated += int(row[0])
+            result.why = f"{result.why}; {row[1] or ''}" if result.why else row[1] or ""
+    return [(subject_id, value, detail, SEVERITIES[rank]) for subject_id, (rank, detail, _, value) in best.items()]
+
+
+def _settle(conn: psycopg.Connection[Any], rule: Rule, result: Result, part: bool, reason: str, *, write: bool) -> None:
     """Bring the flags of a rule up to the table `found`. Each statement is asked for first: even one of no row notes a change."""
     conn.execute("ANALYZE found")
-    column = sql.Identifier(f"{flags.NAMED_BY['sample' if rule.subject == 'image' else rule.subject][0]}_id")
-    names = {"rule": rule.code, "version": rule.version, "actor": ACTOR, "same": SAME}
+    column = sql.Identifier(f"{rule.subject}_id")
+    names = {"rule": rule.code, "version": rule.version, "actor": ACTOR, "same": SAME + ROUNDING, "reason": reason}
     within = sql.SQL(
         f"AND (EXISTS (SELECT FROM ({SERIES[rule.subject]}) AS o (series_id) JOIN scope USING (series_id)) "
         f"OR NOT EXISTS ({SERIES[rule.subject]}))"
@@ -392,9 +378,18 @@ def _settle(conn: psycopg.Connection[Any], rule: Rule, result: Result, part: boo
         return 0 if row is None else int(row[0])
 
     result.closed, result.raised = count(gone), count(new)
+    # Before anything is written, so that a dry run says the same.
+    after = sql.SQL(
+        "SELECT severity, count(*) FROM (SELECT coalesce(f.severity, g.severity) AS severity FROM flag g "
+        "LEFT JOIN found f ON f.subject_id = g.{} AND g.raised_by = %(actor)s "
+        "WHERE g.rule = %(rule)s AND g.state = 'open' AND g.id NOT IN (SELECT g.id {}) UNION ALL SELECT f.severity {}) AS o GROUP BY 1"
+    ).format(column, gone, new)
+    result.open = dict(conn.execute(after, names).fetchall())
+    if not write:
+        return
     if result.closed:
         conn.execute(
-            sql.SQL("UPDATE flag SET state = 'resolved', closed_by = %(actor)s, closed_at = now(), reason = 'it is no longer so' "
+            sql.SQL("UPDATE flag SET state = 'resolved', closed_by = %(actor)s, closed_at = now(), reason = %(reason)s "
                     "WHERE id IN (SELECT g.id {})").format(gone),
             names,
         )  # fmt: skip
@@ -412,20 +407,9 @@ def _settle(conn: psycopg.Connection[Any], rule: Rule, result: Result, part: boo
             .format(column, new),
             names,
         )  # fmt: skip
-    result.open = dict(
-        conn.execute("SELECT severity, count(*) FROM flag WHERE rule = %s AND state = 'open' GROUP BY 1", [rule.code]).fetchall()
-    )
 
 
-def _bound(query: str) -> bytes:
-    """Return a query with its parameters as psycopg names them."""
-    return PARAMETER.sub(r"%(\1)s", query.replace("%", "%%")).encode()
-
-
-def _value(text: str) -> float | bool | str:
-    if text in ("true", "false"):
-        return text == "true"
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _open(conn: psycopg.Connection[Any], codes: list[str]) -> dict[str, int]:
+    """Return how many flags of these rules are open, by severity."""
+    found = conn.execute("SELECT severity, count(*) FROM flag WHERE state = 'open' AND rule = ANY(%s) GROUP BY 1", [codes])
+    return dict(found.fetchall())

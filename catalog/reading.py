@@ -384,6 +384,8 @@ def rows(item: Image, found: Instance, patient: str) -> bytes:
         item.entry.path, patient, found.study_instance_uid, found.study_date, found.series_instance_uid, _int4(found.series_number),
         found.modality, found.sop_instance_uid, found.sop_class_uid, _int4(found.instance_number), found.number_of_frames,
         _int4(found.images_in_acquisition), content, found.frame_of_reference_uid, found.transfer_syntax_uid, found.coding,
+        found.burned_in_annotation, found.identity_removed, found.over_89, "{" + ",".join(f'"{tag}"' for tag in found.identifying) + "}",
+        found.gantry_tilt, found.other_meta_uid, found.surplus_bytes,
     )  # fmt: skip
     if not found.frames:
         return (head + "\t\\N" * FRAME_COLUMNS + "\n").encode(errors="replace")

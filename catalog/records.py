@@ -69,6 +69,13 @@ class Instance:
     number_of_frames: int  # 0 for an object without pixels
     frames: tuple[Frame, ...]
     coding: str = ""  # "gzip": offsets count in what the file decompresses to
+    burned_in_annotation: str = ""  # BurnedInAnnotation (0028,0301)
+    identity_removed: str = ""  # PatientIdentityRemoved (0012,0062)
+    over_89: bool | None = None  # None where nothing says
+    identifying: tuple[str, ...] = ()  # tags such as (0010,0010), never values: `catalog.privacy`
+    gantry_tilt: float | None = None  # GantryDetectorTilt (0018,1120) in degrees
+    other_meta_uid: bool = False  # MediaStorageSOPInstanceUID (0002,0003) is there and is not SOPInstanceUID
+    surplus_bytes: int = 0  # of uncompressed Pixel Data beyond what the header describes and a byte of padding
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,9 +196,7 @@ instance = Table(
     Column(
         "identifying",
         ARRAY(Text),
-        nullable=False,
-        server_default="{}",
-        comment="Tags of identifying attributes that have a value, such as (0010,0010). The values are not kept.",
+        comment="Tags of identifying attributes that have a value, such as (0010,0010). The values are not kept. NULL: nobody looked yet.",
     ),
     Column("gantry_tilt", Double, comment="GantryDetectorTilt (0018,1120) in degrees."),
     Column(
@@ -419,6 +417,25 @@ shape = Table(
     comment="What a mask and its polygon are like on their image: computed once, for rules.",
 )
 
+overlap = Table(
+    "overlap",
+    metadata,
+    Column("pairing_id", BigInteger, ForeignKey("pairing.id", ondelete="CASCADE"), primary_key=True, comment="The one mask."),
+    Column(
+        "other_id",
+        BigInteger,
+        ForeignKey("pairing.id", ondelete="CASCADE"),
+        primary_key=True,
+        index=True,
+        comment="The other: the one around it, the next slice, the next phase.",
+    ),
+    Column("kind", Text, nullable=False, comment="image: on one image; slice, phase: the same structure and reader on the next one."),
+    Column("apart", Double, nullable=False, comment="mm along the slice normal from one to the other, or ms of trigger time; image: 0."),
+    Column("pixels", BigInteger, nullable=False, comment="Pixels in both, where they lie one behind the other."),
+    CheckConstraint("kind IN ('image', 'slice', 'phase')", name="kind"),
+    comment="Masks that rules compare, and what they have in common: see catalog/overlaps.py.",
+)
+
 edge_fit = Table(
     "edge_fit",
     metadata,
@@ -505,6 +522,13 @@ qa_run = Table(
     _now("started_at", "When it began."),
     Column("finished_at", DateTime(timezone=True), comment="When it ended; NULL while it runs, and if it was cut short."),
     Column("changed_only", Boolean, nullable=False, comment="Were only patients looked at of whom something had changed?"),
+    Column(
+        "complete",
+        Boolean,
+        nullable=False,
+        server_default="false",
+        comment="Did it end, and were all of our rules in it? From the last such one on, touched says what changed.",
+    ),
     Column("actor", Text, nullable=False, comment="Who ran it."),
     Column("program_version", Text, nullable=False, comment="Version of scanfeed."),
     comment="One `catalog qa run`.",
@@ -522,6 +546,12 @@ qa_result = Table(
     Column("not_evaluated", BigInteger, nullable=False, comment="Subjects that it could not look at."),
     Column("why", Text, nullable=False, server_default="", comment="Why not."),
     Column("seconds", Double, nullable=False, comment="How long it took."),
+    Column(
+        "digest",
+        LargeBinary,
+        nullable=False,
+        comment="sha256 of the rule as it was: query, parameters, relations. Another one: --changed is not enough for it.",
+    ),
     comment="What a rule found in a run.",
 )
 
@@ -555,6 +585,7 @@ event = Table(
     Column("before", JSONB, comment="What changed, as it was."),
     Column("after", JSONB, comment="What changed, as it is."),
     Column("reason", Text, comment="Why, in words."),
+    Column("login", Text, nullable=False, server_default=text("SESSION_USER"), comment="Login of the database under which it was done."),
     Index("ix_event_subject", "subject", "subject_id"),
     comment="Who decided what, when and why. Rows are never changed or deleted: the database refuses.",
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import psycopg
 
-from catalog import contours, shapes
+from catalog import contours, qa, records, shapes
 
 Points = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ COLUMNS = {
     "ingest_run_id",
     "pairing": "id, annotation_id, image_id, method, rule, score, state, actor",
     "mask": 'pairing_id, rows, "columns", box_row, box_column, box_rows, box_columns, bits',
-    "shape": ", ".join(("pairing_id", *shapes.COLUMNS)),
+    "shape": shapes.COLUMNS,
     "edge_fit": "pairing_id, scores",
 }
 
@@ -199,7 +199,7 @@ class Archive:
         rows["pairing"].append((pairing, annotation, place.image, "file-number", "by number", 1.0, "accepted", "layout:planting"))
         mask, shape = raster(drawn.rings, rows["image"][place.image - 1])
         rows["mask"].append((pairing, *mask))
-        rows["shape"].append((pairing, *shape))
+        rows["shape"].append(shapes.row(pairing, shape))
         rows["edge_fit"].append((pairing, fit(self.rng)))
         return drawn
 
@@ -212,7 +212,7 @@ class Archive:
             conn.execute("INSERT INTO structure (name) VALUES ('inner'), ('outer')")
             for table, rows in self.rows.items():
                 copy_rows(conn, table, rows)
-                if COLUMNS[table].startswith("id,"):
+                if COLUMNS[table].startswith("id,") and rows:
                     conn.execute(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), %s)", [len(rows)])
         conn.execute("ANALYZE")
 
@@ -233,16 +233,16 @@ def outline(centre: Points, radius: float, waves: Sequence[tuple[float, float]])
 
 def polygon(rings: Sequence[Points]) -> tuple[Any, ...]:
     """Return what a row of annotation says of a polygon: points, rings, convention, area, digest."""
-    flat = np.concatenate(rings).ravel()
-    digest = hashlib.sha256(flat.tobytes() + repr([len(ring) for ring in rings]).encode()).digest()
-    return flat.tolist(), [len(ring) for ring in rings], "centre", contours.polygon_area(rings), digest
+    one = records.polygon(rings)
+    return one.points, one.rings, "centre", one.area_px, one.content_hash
 
 
-def raster(rings: Sequence[Points], image: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return what the rows of mask and shape say of a polygon on an image, given as a row of image."""
-    rows, columns = image[3], image[4]
-    mask = contours.rasterise(rings, rows, columns, convention="centre")
-    return (rows, columns, *contours.boxed(mask)), shape_of(rings, mask, image)
+def raster(rings: Sequence[Points], image: Sequence[Any]) -> tuple[tuple[Any, ...], shapes.Shape]:
+    """Return what the rows of mask and shape say of a polygon on an image, given as a row of image; by what an ingest uses."""
+    rows, columns, place = image[3], image[4], (image[8], image[9], image[6], image[7])
+    top, left, high, wide, bits = contours.boxed(contours.rasterise(rings, rows, columns, convention="centre"))
+    shape = shapes.of_polygon(rings, rows, columns, (top, left, high, wide), bits, convention="centre", place=place)
+    return (rows, columns, top, left, high, wide, bits), shape
 
 
 def fit(rng: np.random.Generator, at: tuple[float, float] = (0.0, 0.0), height: float = 1.0, noise: float = 0.05) -> list[float]:
@@ -253,9 +253,117 @@ def fit(rng: np.random.Generator, at: tuple[float, float] = (0.0, 0.0), height: 
     return list((scores - scores.mean()).tolist())
 
 
-def shape_of(rings: Sequence[Points], mask: npt.NDArray[np.bool_], image: Sequence[Any]) -> tuple[Any, ...]:
-    """Return what the row of shape says, by the function that an ingest uses."""
-    raise NotImplementedError
+class Ground:
+    """Where one rule's defects and near misses are planted: studies of its own, which nothing else touches."""
 
+    def __init__(self, archive: Archive, rule: qa.Rule, bad: list[Study], near: list[Study]) -> None:
+        self.archive, self.rule, self.bad, self.near = archive, rule, bad, near
+        self.defects: list[tuple[dict[str, set[int]], str | None]] = []
+        self.misses: list[dict[str, set[int]]] = []
+        self.updates: dict[tuple[str, tuple[str, ...]], list[tuple[Any, ...]]] = {}
+        self.statements: list[tuple[str, list[Any]]] = []
+        self.drawings: dict[int, tuple[Drawing, Place]] = {}
 
-Change = Callable[[Points], Points]
+    def limit(self, name: str) -> float:
+        """Return a parameter of the rule: the only thing that a planting may know about it."""
+        return float(self.rule.parameters[name])
+
+    def both(self) -> Iterator[tuple[bool, int, Study]]:
+        """Yield is it a defect, number, study."""
+        for wrong, studies in ((True, self.bad), (False, self.near)):
+            for number, study in enumerate(studies):
+                yield wrong, number, study
+
+    def cells(self, structure: str, pick: Callable[[Place], bool] = lambda place: True) -> Iterator[tuple[bool, int, Place, Drawing]]:
+        """Yield is it a defect, number, place and a structure's drawing there, of each image of its hearts."""
+        for wrong, studies in ((True, self.bad), (False, self.near)):
+            for number, place in enumerate(place for study in studies for place in study if pick(place)):
+                drawn = place.inner if structure == "inner" else place.outer
+                assert drawn is not None
+                yield wrong, number, place, drawn
+
+    def mark(self, wrong: bool, *where: Place | tuple[Place, Drawing], severity: str | None = None) -> None:
+        """Note a defect, or a near miss, at one place; of several places that contradict each other one has to be flagged, or none."""
+        merged: dict[str, set[int]] = {}
+        for one in where:
+            for subject, ids in (one.subjects() if isinstance(one, Place) else one[0].subjects(one[1])).items():
+                merged.setdefault(subject, set()).update(ids)
+        if wrong:
+            self.defects.append((merged, severity))
+        else:
+            self.misses.append(merged)
+
+    def set(self, table: str, number: int, key: str = "id", **values: Any) -> None:
+        """Change columns of a row."""
+        self.updates.setdefault((table, (*values, key)), []).append((*values.values(), number))
+
+    def run(self, statement: str, *values: Any) -> None:
+        """Send a statement with the changes."""
+        self.statements.append((statement, list(values)))
+
+    def image(self, place: Place) -> dict[str, Any]:
+        """Return the row of an image."""
+        names = [name.strip().strip('"') for name in COLUMNS["image"].split(",")]
+        return dict(zip(names, self.archive.rows["image"][place.image - 1], strict=True))
+
+    def move(self, place: Place, position: Points | None = None, axes: Points | None = None) -> None:
+        """Say that an image lies elsewhere, or is turned; `position` along the normal follows, as an ingest works it out."""
+        row = self.image(place)
+        at = np.asarray(row["image_position"] if position is None else position)
+        turned = np.asarray(row["image_orientation"] if axes is None else axes)
+        normal = np.cross(turned[:3], turned[3:])
+        along = float(at @ normal / np.linalg.norm(normal))
+        self.set("image", place.image, image_position=at.tolist(), image_orientation=turned.tolist(), position=along)
+
+    def drop(self, places: Iterable[Place]) -> None:
+        """Take images out, as if their files had never come."""
+        for place in places:
+            self.run("DELETE FROM flag WHERE image_id = %s OR file_id = %s", place.image, place.file)
+            self.run("DELETE FROM image WHERE id = %s", place.image)
+            self.run("DELETE FROM instance WHERE id = %s", place.instance)
+            self.run("DELETE FROM file WHERE id = %s", place.file)
+
+    def unpair(self, drawn: Drawing) -> None:
+        """Take a contour off its image, with what was said of that."""
+        self.run("DELETE FROM flag WHERE pairing_id = %s", drawn.pairing)
+        self.run("DELETE FROM pairing WHERE id = %s", drawn.pairing)
+
+    def apart(self, places: Sequence[Place], study: int) -> None:
+        """Put images into another series of their study, as a localizer lies beside a stack."""
+        self.run("INSERT INTO series (study_id, series_instance_uid, modality) VALUES (%s, %s, 'MR')", study, f"{UID}.9.{places[0].image}")
+        for place in places:
+            self.run(
+                "UPDATE instance SET series_id = (SELECT id FROM series WHERE series_instance_uid = %s) WHERE id = %s",
+                f"{UID}.9.{places[0].image}", place.instance,
+            )  # fmt: skip
+
+    def redraw(self, place: Place, drawn: Drawing, *rings: Points) -> None:
+        """Have a contour be another one, as if its file had held that."""
+        drawn.rings = [np.asarray(ring, np.float64) for ring in rings]
+        self.drawings[drawn.pairing] = (drawn, place)
+
+    def write(self, conn: psycopg.Connection[Any]) -> None:
+        """Write what was planted."""
+        changed = {"annotation": [], "mask": [], "shape": []}  # type: dict[str, list[tuple[Any, ...]]]
+        for drawn, place in self.drawings.values():
+            mask, shape = raster(drawn.rings, self.archive.rows["image"][place.image - 1])
+            points, rings, _, area, digest = polygon(drawn.rings)
+            changed["annotation"].append((points, rings, area, digest, drawn.annotation))
+            changed["mask"].append((drawn.pairing, *mask))
+            changed["shape"].append(shapes.row(drawn.pairing, shape))
+        with conn.transaction(), conn.cursor() as cursor:
+            if changed["annotation"]:
+                cursor.executemany(
+                    "UPDATE annotation SET points = %s, rings = %s, polygon_area_px = %s, content_hash = %s WHERE id = %s",
+                    changed["annotation"],
+                )
+                # A new version of an annotation would have a new pairing: what was counted on the old one does not hold.
+                cursor.execute("DELETE FROM overlap WHERE pairing_id = ANY(%(those)s) OR other_id = ANY(%(those)s)", {"those": list(self.drawings)})
+                for table in ("shape", "mask"):
+                    cursor.execute(f"DELETE FROM {table} WHERE pairing_id = ANY(%s)", [list(self.drawings)])
+                    copy_rows(conn, table, changed[table])
+            for (table, names), rows in self.updates.items():
+                assigned = ", ".join(f'"{name}" = %s' for name in names[:-1])
+                cursor.executemany(f"UPDATE {table} SET {assigned} WHERE {names[-1]} = %s", rows)
+            for statement, values in self.statements:
+                cursor.execute(statement, values)

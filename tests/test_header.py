@@ -227,6 +227,54 @@ def test_sequences_that_matter_not_are_passed_over(tmp_path, syntax):
         assert found.instance.frames[0].rows == 4
 
 
+TELLING = {
+    "PatientName": "Müller^Anna", "SpecificCharacterSet": "ISO_IR 100", "PatientBirthDate": "19220101", "PatientAge": "090Y",
+    "OperatorsName": "anonymous", "InstitutionName": "St. Elsewhere", "DeviceSerialNumber": "0", "PatientComments": "tall " * 200,
+    "BurnedInAnnotation": "YES", "PatientIdentityRemoved": "NO", "GantryDetectorTilt": "-12.5",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])
+def test_what_quality_rules_ask(tmp_path, syntax):
+    """Privacy, tilt, the second UID and surplus bytes: both readers say the same of them, and what the file says."""
+
+    def asked(**elements):
+        path = image_file(tmp_path / "a.dcm", syntax=syntax, **elements)
+        found = agreed(path)
+        assert (found is None) == (syntax not in LITTLE_ENDIAN)
+        instance = read_instance(path, hash_pixels=False) if found is None else found.instance
+        return {name: getattr(instance, name) for name in plain}
+
+    plain = {
+        "burned_in_annotation": "", "identity_removed": "", "over_89": None, "identifying": (), "gantry_tilt": None,
+        "other_meta_uid": False, "surplus_bytes": 0,
+    }  # fmt: skip
+    assert asked() == plain
+    named = ("(0008,0080)", "(0010,0010)", "(0010,0030)", "(0010,4000)")
+    assert asked(**TELLING) == plain | {
+        "burned_in_annotation": "YES", "identity_removed": "NO", "over_89": True, "identifying": named, "gantry_tilt": -12.5,
+    }  # fmt: skip
+    assert asked(PatientName="A7", PatientBirthDate="00000000", PatientAge="089Y") == plain | {"over_89": False}
+    assert asked(PatientName="Bond", PatientID="Bond")["identifying"] == ("(0010,0010)",)
+    for surplus in (0, 2, 48):
+        assert asked(PixelData=bytes(48 + surplus)) == plain | {"surplus_bytes": surplus}
+    odd = {"Rows": 3, "Columns": 3, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+    for length, surplus in ((9, 0), (10, 0), (12, 2)):
+        assert asked(**odd, PixelData=bytes(length)) == plain | {"surplus_bytes": surplus}
+    assert asked(BitsAllocated=1, BitsStored=1, HighBit=0, PixelData=bytes(6)) == plain | {"surplus_bytes": 2}
+
+
+def test_the_second_uid_of_a_file(tmp_path):
+    """MediaStorageSOPInstanceUID is another one, the same with padding, or missing; a file without meta information has none."""
+    data = image_file(tmp_path / "a.dcm", SOPInstanceUID="1.2.345").read_bytes()
+    at = data.index(b"1.2.345\0")
+    for value, other in ((b"1.2.345\0", False), (b"1.2.345 ", False), (b"1.2.346\0", True), (b"1.2.3\0\0\0", True), (bytes(8), False)):
+        assert agreed(tmp_path / "b.dcm", data[:at] + value + data[at + 8 :]).instance.other_meta_uid is other
+    assert agreed(tmp_path / "b.dcm", data[144 + data[140] :]).instance.other_meta_uid is False
+    unnamed = data[: at + 8] + data[at + 8 :].replace(b"1.2.345\0", bytes(8))
+    assert agreed(tmp_path / "b.dcm", unnamed).instance.other_meta_uid is True
+
+
 def test_the_group_of_nothing_that_osirix_writes_is_nothing(tmp_path):
     """A functional group without content leaves the header as it is; one with content is for pydicom."""
     assert agreed(image_file(tmp_path / "a.dcm", PerFrameFunctionalGroupsSequence=Sequence([Dataset()]))).checked
@@ -486,6 +534,7 @@ def fuzz(tmp_path, count, seed):
         odd = {"ReferencedImageSequence": long_sequence(inner, Dataset()), "SourceImageSequence": long_sequence()}
         frames = np.arange(72, dtype="int16").reshape(3, 4, 6)
         native += 4 * [image_file(tmp_path / "a.dcm", frames, syntax=syntax, BitsStored=12, HighBit=11, **odd).read_bytes()]
+        native += 3 * [image_file(tmp_path / "a.dcm", syntax=syntax, PixelData=bytes(60), **TELLING).read_bytes()]
         native += 2 * [image_file(tmp_path / "a.dcm", syntax=syntax, PerFrameFunctionalGroupsSequence=Sequence([Dataset()])).read_bytes()]
     rle = pydicom.dcmread(image_file(tmp_path / "a.dcm", frames))
     rle.compress(RLELossless)

@@ -340,7 +340,7 @@ def test_what_later_runs_built_on_is_not_undone(
     ):
         assert why in said
     assert rows(conn) == before
-    say("flag", "close", flag[1], "--reason", "is not")
+    say("flag", "resolve", flag[1], "-m", "is not")
     stays = say("runs", "undo", 2)
     assert "1 file that had been there before and changed stay as the run read them" in stays
     with pytest.raises(CatalogError, match="run 1: cannot be undone: 1 of its files were read again by later runs; nothing was changed"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catalog import contours, overlay
+from catalog import contours, lettering, overlay
 from catalog.overlay import Drawn, contact_sheet, panes
 
 SQUARE = np.array([[40.0, 30.0], [60.0, 30.0], [60.0, 45.0], [40.0, 45.0]])
@@ -63,7 +63,7 @@ def test_an_image_pixel_and_its_mask_fill_the_same_square():
     _, zoom = panes(image.shape, [Drawn("inner", [], "centre", (0, 0), mask, "")], spacing_mm=None)
     grey, _ = overlay.windowed(image)
     canvas = np.zeros((zoom.top + zoom.height, zoom.left + zoom.width, 3), np.float32)
-    overlay._show(canvas, grey, zoom)
+    overlay.show(canvas, grey, zoom)
     bright = canvas[zoom.top :, zoom.left :, 0]
     ring = overlay.outline(mask, zoom)
     at = np.argwhere(ring)
@@ -238,11 +238,11 @@ def test_odd_annotations_make_a_picture(one):
 def test_what_lies_outside_is_said():
     """A contour that is partly or wholly off the image is not shown there; the legend counts its points."""
     half = drawn_square(shift=(-50.0, 0.0))
-    rings = overlay._placed_rings(half)
+    rings = overlay.placed_rings(half)
     assert overlay._legend_text(half, rings, 96, 128) == "inner, v1, 2 of 4 points lie outside the image"
     empty = replace(half, shift=(500.0, 0.0), mask=np.zeros((96, 128), bool))
-    assert "4 of 4 points" in overlay._legend_text(empty, overlay._placed_rings(empty), 96, 128)
-    assert "its mask is empty" in overlay._legend_text(empty, overlay._placed_rings(empty), 96, 128)
+    assert "4 of 4 points" in overlay._legend_text(empty, overlay.placed_rings(empty), 96, 128)
+    assert "its mask is empty" in overlay._legend_text(empty, overlay.placed_rings(empty), 96, 128)
 
 
 def test_no_annotation_gives_the_image_alone():
@@ -274,25 +274,25 @@ def test_wrong_arguments_are_refused(image, one, spacing, words):
 def test_lines_are_wrapped_and_cut_to_their_room():
     """No text runs out of the picture: long lines go on below, even without spaces, and nothing but the wrapping changes."""
     text = "SOP Instance UID " + "1.2.840." * 20 + " area 1798 mm²"
-    lines = overlay._wrapped(text, 300)
+    lines = lettering.wrapped(text, 300)
     assert len(lines) > 3
-    assert all(overlay._length(line) <= 300 for line in lines)
+    assert all(lettering.length(line) <= 300 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert overlay._length(overlay._cut(text, 100)) <= 100
-    assert overlay._cut("short", 100) == "short"
+    assert lettering.length(lettering.cut(text, 100)) <= 100
+    assert lettering.cut("short", 100) == "short"
 
 
 def test_text_is_set_with_what_the_font_has():
     """Pillow's own font has no ², × or accents: they are raised, x and left out, instead of becoming boxes."""
-    assert overlay._runs("12 mm² × Müller") == [("12 mm", overlay.TEXT), ("2", overlay.RAISED), (" x Muller", overlay.TEXT)]
+    assert lettering.runs("12 mm² × Müller") == [("12 mm", lettering.TEXT), ("2", lettering.RAISED), (" x Muller", lettering.TEXT)]
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 5, 64, 65])
 def test_a_contact_sheet_shows_at_most_64(number, monkeypatch):
     """Four in a row; beyond 64 images the sheet grows no more, and says how many there are."""
     written = []
-    write = overlay._write
-    monkeypatch.setattr(overlay, "_write", lambda draw, x, y, lines, colour: written.extend(lines) or write(draw, x, y, lines, colour))
+    write = overlay.write
+    monkeypatch.setattr(overlay, "write", lambda draw, x, y, lines, colour: written.extend(lines) or write(draw, x, y, lines, colour))
     titles = [f"title {at}" for at in range(number)]
     shown = picture(contact_sheet(np.zeros((number, 8, 8), np.float16), np.ones((number, 2, 8, 8), bool), titles, ["inner", "outer"]))
     assert shown.shape[1] == (320 if number < 2 else overlay.MARGIN + min(number, 4) * (overlay.CELL + overlay.MARGIN))

@@ -50,6 +50,25 @@ COMMENT ON COLUMN shape.centroid_row IS 'Mean row of the mask''s pixels, px; NUL
 COMMENT ON COLUMN shape.centroid_column IS 'Mean column.';
 COMMENT ON COLUMN shape.centroid IS 'The same in mm of the patient: x, y, z; NULL where the image does not say where it lies.';
 
+CREATE TABLE overlap (
+    pairing_id BIGINT NOT NULL,
+    other_id BIGINT NOT NULL,
+    kind TEXT NOT NULL,
+    apart DOUBLE PRECISION NOT NULL,
+    pixels BIGINT NOT NULL,
+    CONSTRAINT pk_overlap PRIMARY KEY (pairing_id, other_id),
+    CONSTRAINT ck_overlap_kind CHECK (kind IN ('image', 'slice', 'phase')),
+    CONSTRAINT fk_overlap_pairing_id_pairing FOREIGN KEY(pairing_id) REFERENCES pairing (id) ON DELETE CASCADE,
+    CONSTRAINT fk_overlap_other_id_pairing FOREIGN KEY(other_id) REFERENCES pairing (id) ON DELETE CASCADE
+);
+CREATE INDEX ix_overlap_other_id ON overlap (other_id);
+COMMENT ON TABLE overlap IS 'Masks that rules compare, and what they have in common: see catalog/overlaps.py.';
+COMMENT ON COLUMN overlap.pairing_id IS 'The one mask.';
+COMMENT ON COLUMN overlap.other_id IS 'The other: the one around it, the next slice, the next phase.';
+COMMENT ON COLUMN overlap.kind IS 'image: on one image; slice, phase: the same structure and reader on the next one.';
+COMMENT ON COLUMN overlap.apart IS 'mm along the slice normal from one to the other, or ms of trigger time; image: 0.';
+COMMENT ON COLUMN overlap.pixels IS 'Pixels in both, where they lie one behind the other.';
+
 CREATE TABLE edge_fit (
     pairing_id BIGINT NOT NULL,
     scores REAL[] NOT NULL,
@@ -97,6 +116,7 @@ CREATE TABLE qa_run (
     started_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
     finished_at TIMESTAMP WITH TIME ZONE,
     changed_only BOOLEAN NOT NULL,
+    complete BOOLEAN DEFAULT false NOT NULL,
     actor TEXT NOT NULL,
     program_version TEXT NOT NULL,
     CONSTRAINT pk_qa_run PRIMARY KEY (id)
@@ -106,6 +126,7 @@ COMMENT ON COLUMN qa_run.id IS 'Surrogate key; means nothing outside this databa
 COMMENT ON COLUMN qa_run.started_at IS 'When it began.';
 COMMENT ON COLUMN qa_run.finished_at IS 'When it ended; NULL while it runs, and if it was cut short.';
 COMMENT ON COLUMN qa_run.changed_only IS 'Were only patients looked at of whom something had changed?';
+COMMENT ON COLUMN qa_run.complete IS 'Did it end, and were all of our rules in it? From the last such one on, touched says what changed.';
 COMMENT ON COLUMN qa_run.actor IS 'Who ran it.';
 COMMENT ON COLUMN qa_run.program_version IS 'Version of scanfeed.';
 
@@ -119,6 +140,7 @@ CREATE TABLE qa_result (
     not_evaluated BIGINT NOT NULL,
     why TEXT DEFAULT '' NOT NULL,
     seconds DOUBLE PRECISION NOT NULL,
+    digest BYTEA NOT NULL,
     CONSTRAINT pk_qa_result PRIMARY KEY (qa_run_id, rule),
     CONSTRAINT fk_qa_result_qa_run_id_qa_run FOREIGN KEY(qa_run_id) REFERENCES qa_run (id) ON DELETE CASCADE
 );
@@ -132,6 +154,7 @@ COMMENT ON COLUMN qa_result.closed IS 'Flags that closed themselves, as what the
 COMMENT ON COLUMN qa_result.not_evaluated IS 'Subjects that it could not look at.';
 COMMENT ON COLUMN qa_result.why IS 'Why not.';
 COMMENT ON COLUMN qa_result.seconds IS 'How long it took.';
+COMMENT ON COLUMN qa_result.digest IS 'sha256 of the rule as it was: query, parameters, relations. Another one: --changed is not enough for it.';
 
 CREATE UNLOGGED TABLE scope (
     series_id BIGSERIAL NOT NULL,
@@ -165,6 +188,7 @@ CREATE TABLE event (
     before JSONB,
     after JSONB,
     reason TEXT,
+    login TEXT DEFAULT SESSION_USER NOT NULL,
     CONSTRAINT pk_event PRIMARY KEY (id)
 );
 CREATE INDEX ix_event_subject ON event (subject, subject_id);
@@ -178,6 +202,7 @@ COMMENT ON COLUMN event.action IS 'insert, update or delete.';
 COMMENT ON COLUMN event.before IS 'What changed, as it was.';
 COMMENT ON COLUMN event.after IS 'What changed, as it is.';
 COMMENT ON COLUMN event.reason IS 'Why, in words.';
+COMMENT ON COLUMN event.login IS 'Login of the database under which it was done.';
 """
 
 # In which series something changed. Plain inserts of series ids: two ingests never wait for each other here.
@@ -185,6 +210,8 @@ TOUCHED = {
     "instance": "SELECT series_id FROM {rows}",
     "image": "SELECT n.series_id FROM {rows} r JOIN instance n ON n.id = r.instance_id",
     "location": "SELECT n.series_id FROM {rows} r JOIN image i ON i.id = r.image_id JOIN instance n ON n.id = i.instance_id",
+    "mask": "SELECT n.series_id FROM {rows} r JOIN pairing p ON p.id = r.pairing_id JOIN image i ON i.id = p.image_id "
+    "JOIN instance n ON n.id = i.instance_id",
     "measure": "SELECT n.series_id FROM {rows} r JOIN image i ON i.id = r.image_id JOIN instance n ON n.id = i.instance_id",
     "pairing": "SELECT n.series_id FROM {rows} r JOIN image i ON i.id = r.image_id JOIN instance n ON n.id = i.instance_id",
     "shape": "SELECT n.series_id FROM {rows} r JOIN pairing p ON p.id = r.pairing_id JOIN image i ON i.id = p.image_id "
@@ -194,7 +221,9 @@ TOUCHED = {
     "annotation": "SELECT n.series_id FROM {rows} r JOIN pairing p ON p.annotation_id = r.id JOIN image i ON i.id = p.image_id "
     "JOIN instance n ON n.id = i.instance_id",
     "file": "SELECT n.series_id FROM {rows} r JOIN location l ON l.file_id = r.id JOIN image i ON i.id = l.image_id "
-    "JOIN instance n ON n.id = i.instance_id",
+    "JOIN instance n ON n.id = i.instance_id UNION SELECT n.series_id FROM {rows} r JOIN annotation a ON a.file_id = r.id "
+    "JOIN pairing p ON p.annotation_id = a.id JOIN image i ON i.id = p.image_id JOIN instance n ON n.id = i.instance_id "
+    "UNION SELECT n.series_id FROM {rows} r JOIN instance n ON n.id = r.instance_id",
 }
 # A new location comes with a new image, or is a re-encoding of a known one, about which no rule asks.
 ON = {"location": ("UPDATE", "DELETE"), "file": ("UPDATE",), "annotation": ("UPDATE",), "image": ("INSERT", "UPDATE")}
@@ -205,6 +234,32 @@ BEGIN
     INSERT INTO touched (series_id) SELECT DISTINCT series_id FROM ({query}) AS s (series_id);
     RETURN NULL;
 END $$
+"""
+
+# A person who closes what a rule raised, or opens it again, may err: the next run looks at it.
+TOUCH_FLAG = """
+CREATE FUNCTION touch_flag() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO touched (series_id)
+    WITH decided AS (
+        SELECT n.* FROM new_rows n JOIN old_rows o ON o.id = n.id
+        WHERE n.raised_by = 'qa' AND n.state <> o.state AND n.closed_by IS DISTINCT FROM 'qa'
+    ), drawn AS (
+        SELECT p.image_id FROM decided d JOIN pairing p ON p.id = d.pairing_id
+        UNION SELECT p.image_id FROM decided d JOIN pairing p ON p.annotation_id = d.annotation_id
+        UNION SELECT p.image_id FROM decided d JOIN annotation a ON a.file_id = d.file_id JOIN pairing p ON p.annotation_id = a.id
+        UNION SELECT l.image_id FROM decided d JOIN location l ON l.file_id = d.file_id
+        UNION SELECT d.image_id FROM decided d
+    )
+    SELECT n.series_id FROM drawn w JOIN image i ON i.id = w.image_id JOIN instance n ON n.id = i.instance_id
+    UNION SELECT n.series_id FROM decided d JOIN file f ON f.id = d.file_id JOIN instance n ON n.id = f.instance_id
+    UNION SELECT d.series_id FROM decided d WHERE d.series_id IS NOT NULL
+    UNION SELECT se.id FROM decided d JOIN series se ON se.study_id = d.study_id
+    UNION SELECT se.id FROM decided d JOIN study st ON st.patient_id = d.patient_id JOIN series se ON se.study_id = st.id;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER touch_update AFTER UPDATE ON flag REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION touch_flag();
 """
 
 # What of a row an event keeps: who decided what about which; no name, no UID, no path.
@@ -276,7 +331,7 @@ def upgrade() -> None:
     add("instance", "identity_removed", text, "PatientIdentityRemoved (0012,0062).", "")
     add("instance", "over_89", boolean, "Is the patient said to be older than 89? The age itself is not kept. NULL: nothing says.")
     add("instance", "identifying", sa.ARRAY(text),
-        "Tags of identifying attributes that have a value, such as (0010,0010). The values are not kept.", "{}")  # fmt: skip
+        "Tags of identifying attributes that have a value, such as (0010,0010). The values are not kept. NULL: nobody looked yet.")  # fmt: skip
     add("instance", "gantry_tilt", double, "GantryDetectorTilt (0018,1120) in degrees.")
     add("instance", "other_meta_uid", boolean,
         "MediaStorageSOPInstanceUID (0002,0003) is there and is not SOPInstanceUID (0008,0018).", "false")  # fmt: skip
@@ -297,6 +352,7 @@ def upgrade() -> None:
                 f"CREATE TRIGGER touch_{event.lower()} AFTER {event} ON {table} "
                 f"REFERENCING {rows.split('_')[0].upper()} TABLE AS {rows} FOR EACH STATEMENT EXECUTE FUNCTION touch_{table}_{rows}()"
             )
+    op.execute(TOUCH_FLAG)
     op.execute("INSERT INTO touched (series_id) SELECT id FROM series")
     for table, kept in KEPT.items():
         who, why = WHO[table]

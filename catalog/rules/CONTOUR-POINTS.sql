@@ -1,0 +1,7 @@
+-- title: Contour file with fewer than three points
+-- severity: error
+-- subject: annotation
+-- version: 1
+-- means: The file holds one or two points, which enclose nothing, so its mask is empty.
+-- do: Delete the file, or draw the contour again.
+-- raised by: ingest

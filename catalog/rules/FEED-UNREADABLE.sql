@@ -1,0 +1,8 @@
+-- title: File that could not be read while it was fed
+-- severity: error
+-- subject: file
+-- version: 1
+-- raised by: loaderd
+-- means: loaderd tried twice to read an image from this file for a trainer, and could not. The sample was left out or blanked.
+-- do: See whether the file is still there, as catalogued, and whether the disk has errors; then ingest again, which tries it and closes
+--   the flag.

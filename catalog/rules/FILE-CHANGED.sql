@@ -1,0 +1,7 @@
+-- title: Other pixels under the same path than before
+-- severity: warning
+-- subject: file
+-- version: 1
+-- raised by: ingest
+-- means: A file was replaced: its path is the same, its pixels are others. What was drawn on the old image is not taken over.
+-- do: Ask who replaced it and why. If that was right, resolve the flag, and have the contours looked at again; else put the old file back.

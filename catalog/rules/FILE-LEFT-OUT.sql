@@ -1,0 +1,7 @@
+-- title: Part of a file that was left out
+-- severity: info
+-- subject: file
+-- version: 1
+-- raised by: ingest
+-- means: The file was read, and some of what it holds can be no annotation of a 2-D image: a point, an open line, a region without points.
+-- do: Nothing, unless what the text names should have been there.

@@ -1,0 +1,10 @@
+-- title: File that could not be read
+-- severity: error
+-- subject: file
+-- version: 1
+-- raised by: ingest
+-- means: The file is no DICOM file, image or contour that can be read as its layout says, or it is damaged. The word before the colon
+--   says how: truncated, no-decoder, no-access, not-dicom, no-pixels, unreadable, changed (while it was read), reader-died and others.
+--   `catalog measure` raises it too, for pixels that cannot be decoded.
+-- do: What the text says. After a right was given, a decoder installed or a file replaced, ingest again: the flag closes itself when the
+--   file can be read. `catalog runs retry` also tries what is damaged and did not change.

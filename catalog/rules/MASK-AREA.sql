@@ -1,0 +1,8 @@
+-- title: Mask and contour differ in area
+-- severity: warning
+-- subject: annotation
+-- version: 1
+-- means: The mask's pixels are over 5 % and over 10 px from the area that the contour encloses: it crosses itself, so that parts count
+--   twice or not at all, or a part of it lies outside the image.
+-- do: Look at it (`catalog show`); CONTOUR-CROSSING and CONTOUR-OUTSIDE say which of the two it is.
+-- raised by: ingest

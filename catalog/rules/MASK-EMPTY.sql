@@ -1,0 +1,8 @@
+-- title: Contour that holds no pixel
+-- severity: error
+-- subject: annotation
+-- version: 1
+-- means: No pixel's centre lies inside the contour: it is smaller than a pixel, or lies outside its image, perhaps in other
+--   coordinates. There is nothing to learn from it.
+-- do: Compare its coordinates with the image's size; see whether it is paired with the right image.
+-- raised by: ingest

@@ -1,0 +1,8 @@
+-- title: Contour in mm on an image that does not say where it lies
+-- severity: error
+-- subject: annotation
+-- version: 1
+-- means: The contour is in mm of the patient, and its image lacks position, orientation or pixel spacing, or they contradict each other:
+--   there is no mask.
+-- do: Get the image's original file; what is missing cannot be guessed.
+-- raised by: ingest

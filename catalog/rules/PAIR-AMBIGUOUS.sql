@@ -1,0 +1,7 @@
+-- title: Several images fit an annotation
+-- severity: error
+-- subject: annotation
+-- version: 1
+-- means: More than one image fits what the annotation's source says, and none was chosen. The pairings are only proposed.
+-- do: See them with `catalog pair list`, look at them with `catalog show`, and accept one (`catalog pair accept`).
+-- raised by: ingest

@@ -1,0 +1,7 @@
+-- title: Image changed after it was annotated
+-- severity: error
+-- subject: pairing
+-- version: 1
+-- means: The file of the image held other pixels when the annotation was paired with it, so the contour may not fit what it holds now.
+-- do: Look at it (`catalog show`): accept the pairing if it fits, or put the old file back.
+-- raised by: ingest

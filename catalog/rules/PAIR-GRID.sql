@@ -1,0 +1,8 @@
+-- title: Mask of another size than its image
+-- severity: error
+-- subject: annotation
+-- version: 1
+-- means: A segment or label volume has other rows, columns, slices or another place than its image. Segments are not resampled, so none of
+--   its pixels can be said to lie on the image's.
+-- do: Find the image that it was drawn on, or export it again on the image's grid.
+-- raised by: ingest

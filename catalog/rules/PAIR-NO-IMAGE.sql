@@ -1,0 +1,7 @@
+-- title: Annotation without an image
+-- severity: error
+-- subject: annotation
+-- version: 1
+-- means: No image of the catalog is the one that the annotation was drawn on, by its name, its number, its UIDs or its place.
+-- do: Ingest the missing images; or say by hand which one it is (`catalog pair link`).
+-- raised by: ingest

@@ -1,0 +1,8 @@
+-- title: Contour lies off its image's plane
+-- severity: error
+-- subject: pairing
+-- version: 1
+-- means: The contour is in mm of the patient and lies over 0.5 mm before or behind the image that it names. It was drawn on another slice,
+--   or the image's position was changed.
+-- do: See which slice it lies on, and link it there (`catalog pair link`); or reject the pairing.
+-- raised by: ingest

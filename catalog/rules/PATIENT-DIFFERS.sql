@@ -1,0 +1,8 @@
+-- title: PatientID differs from the folder's name
+-- severity: warning
+-- subject: file
+-- version: 1
+-- raised by: ingest
+-- means: In this layout the folder's name says whose images these are, and the file's own PatientID says another one. The folder's is used.
+--   After an anonymisation that is to be expected of all files; of single ones it means that they lie in the wrong folder.
+-- do: If only some files of a folder are flagged, look at them (`catalog gallery`), and move them to where they belong.

@@ -1,0 +1,8 @@
+-- title: One SOPInstanceUID, different pixels
+-- severity: error
+-- subject: image
+-- version: 1
+-- raised by: ingest
+-- means: Two files say that they are the same image and hold different pixels. A contour that refers to this UID could belong to either. Files
+--   of one UID and equal pixels are re-encodings of one image, and no finding.
+-- do: Say which file is right: take the other one away and ingest again, or resolve the flag of the right one and leave the other open.
