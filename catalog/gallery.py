@@ -145,7 +145,7 @@ def checked(conn: psycopg.Connection[Any], where: str | None, view: str) -> list
             conn.execute(query, {}, prepare=True)
         except psycopg.Error as error:
             conn.rollback()
-            reason = error.diag.message_primary or str(error)
+            reason = (error.diag.message_primary or str(error)).splitlines()[0]
             raise UsageError(f"--where: {reason}; it must be an SQL condition over the view {view}") from error
     conn.rollback()
     return [_text("(" + text + "\n)")]  # the newline ends a comment that the text may end with
@@ -222,7 +222,7 @@ def _make(job: Job) -> Made:
     shown = np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
     rows, columns = shown.shape[:2]
     layers = [Layer(_png(shown), Region(0, 0, columns, rows))]
-    if max(rows, columns) > LARGEST:
+    if max(rows, columns) > LARGEST and (part.columns, part.rows) != (columns, rows):
         layers.append(Layer(_png(shown[part.y0 : part.y0 + part.rows, part.x0 : part.x0 + part.columns]), part))
     return Made(image["sample_id"], layers, window, paths)
 

@@ -23,9 +23,9 @@ CREATE TEMP TABLE IF NOT EXISTS staged (
     series_number integer, modality text, sop_instance_uid text, sop_class_uid text, instance_number integer,
     number_of_frames integer, images_in_acquisition integer, content_hash bytea, frame_of_reference_uid text, transfer_syntax_uid text,
     coding text, burned_in_annotation text, identity_removed text, over_89 boolean, identifying text[], gantry_tilt float8,
-    other_meta_uid boolean, surplus_bytes bigint, frame integer, rows integer, columns integer, samples_per_pixel smallint, photometric text, row_spacing float8,
-    column_spacing float8, image_position float8[], image_orientation float8[], position float8, slice_thickness real,
-    trigger_time float8, slope float8, intercept float8, modality_lut boolean, pixel_hash bytea, byte_offset bigint,
+    other_meta_uid boolean, surplus_bytes bigint, frame integer, rows integer, columns integer, samples_per_pixel smallint,
+    photometric text, row_spacing float8, column_spacing float8, image_position float8[], image_orientation float8[], position float8,
+    slice_thickness real, trigger_time float8, slope float8, intercept float8, modality_lut boolean, pixel_hash bytea, byte_offset bigint,
     byte_length bigint, dtype text, bits_stored smallint
 ) ON COMMIT DELETE ROWS
 """

@@ -116,13 +116,14 @@ def plot(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[str, Any] = {
         "text.parse_math": False,  # a name may hold a $
         "svg.hashsalt": "scanfeed",
         "font.size": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": "#e5e5e5",
         "legend.frameon": False,
     }
@@ -133,7 +134,7 @@ def plot(
         elif what == "spread":
             said = _spread(figure, rows)
         else:
-            said = _intensities(figure, _measured(database, rows, structures, jobs, progress))
+            said = _intensities(figure, *_measured(database, rows, structures, jobs, progress))
         buffer = io.BytesIO()
         # Without a date the same catalog gives the same file.
         figure.savefig(buffer, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else {"Software": "scanfeed"})
@@ -155,10 +156,12 @@ def _areas(figure: Any, rows: Sequence[Row]) -> list[str]:
     series = sorted({row.series for row in rows})
     shown = series[:MOST_SERIES]
     colours = _colours([row.structure for row in rows])
+    across = 2 if any(row.phase is not None for row in rows) else 1
     figure.set_size_inches(13, 0.8 + 3.6 * len(shown))
-    axes = figure.subplots(len(shown), 2, squeeze=False, sharey="row")
+    axes = figure.subplots(len(shown), across, squeeze=False, sharey="row")
     unplaced = 0
-    for number, (left, right) in zip(shown, axes, strict=True):
+    for number, panels in zip(shown, axes, strict=True):
+        left, right = panels[0], panels[-1]
         own = [row for row in rows if row.series == number]
         mm = all(row.area_mm2 is not None for row in own)
         unplaced += sum(row.position is None for row in own)
@@ -184,19 +187,19 @@ def _areas(figure: Any, rows: Sequence[Row]) -> list[str]:
             found.sort(key=lambda row: row.phase or 0)
             right.plot([row.phase for row in found], [_area(row, mm) for row in found], color=colours[structure], marker="o",
                        markersize=4, linewidth=1)  # fmt: skip
-        for panel, across in ((left, "position"), (right, "phase")):
-            wrong = [row for row in own if row.errors and row.position is not None and getattr(row, across) is not None]
+        for panel, axis in zip(panels, ("position", "phase"), strict=False):
+            wrong = [row for row in own if row.errors and row.position is not None and getattr(row, axis) is not None]
             if wrong:
-                (line,) = panel.plot([getattr(row, across) for row in wrong], [_area(row, mm) for row in wrong], "kx", markersize=11, mew=2)
+                (line,) = panel.plot([getattr(row, axis) for row in wrong], [_area(row, mm) for row in wrong], "kx", markersize=11, mew=2)
                 if panel is left:
                     handles.append(line)
                     labels.append("open error")
         left.set(title=f"series {number}, along slices", xlabel="position along the slice normal (mm)", ylabel=f"area ({_unit(mm)})")
-        right.set(title=f"series {number}, along phases: a line a slice", xlabel="phase (from 0)")
-        right.xaxis.get_major_locator().set_params(integer=True)
+        if right is not left:
+            right.set(title=f"series {number}, along phases: a line a slice", xlabel="phase (from 0)")
+            right.xaxis.get_major_locator().set_params(integer=True)
         left.set_ylim(bottom=0)
         if len(ranks) > NAMED_PHASES:
-            labels[-1:] = [*labels[-1:]]
             left.set_title(f"series {number}, along slices: a line a phase, {len(ranks)} phases")
         right.legend(handles, labels, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     said = [f"{len(series) - len(shown)} more series fit and are not shown; narrow down with --where"] if len(series) > len(shown) else []
@@ -217,7 +220,7 @@ def _spread(figure: Any, rows: Sequence[Row]) -> list[str]:
     for name, (left, right) in zip(shown, axes, strict=True):
         for panel, values, everything in ((left, areas[name], areas), (right, distances[name], distances)):
             most = max((value for found in everything.values() for value in found), default=1.0) or 1.0
-            panel.hist(values, bins=np.linspace(0, most, 41), color=colours[name], alpha=0.75)
+            panel.hist(values, bins=np.linspace(0, most, _bins(len(values))), color=colours[name], alpha=0.75)
             if values:
                 low, middle, high = np.percentile(values, (5, 50, 95))
                 panel.axvline(middle, color="k", linewidth=1.5)
@@ -233,7 +236,7 @@ def _spread(figure: Any, rows: Sequence[Row]) -> list[str]:
         left.set_title(f"{_shown(name)}: {len(areas[name])} masks")
         right.set_title(f"{_shown(name)}: {len(distances[name])} masks")
     axes[-1][0].set_xlabel(f"area ({_unit(mm)})")
-    axes[-1][1].set_xlabel("centroid's distance from the series' median centroid, in the image plane (mm)")
+    axes[-1][1].set_xlabel("centroid, from the series' median centroid (mm in the plane)")
     figure.suptitle("line: median; dashed: 5th and 95th percentile", fontsize=11)
     said = [f"{len(structures) - len(shown)} more structures are not shown; see --structure"] if len(structures) > len(shown) else []
     left_out = sum(row.area_px > 0 for row in rows) - len(away)
@@ -246,7 +249,7 @@ def _away(rows: Sequence[Row]) -> dict[int, float]:
     for row in rows:
         if row.centroid_x is not None and row.centroid_y is not None:
             found[row.series, row.structure].append(row)
-    away = {}
+    away: dict[int, float] = {}
     for group in found.values():
         places = np.array([(row.centroid_x, row.centroid_y) for row in group], np.float64)
         far = np.hypot(*(places - np.median(places, axis=0)).T)
@@ -254,7 +257,7 @@ def _away(rows: Sequence[Row]) -> dict[int, float]:
     return away
 
 
-def _intensities(figure: Any, found: Sequence[Intensity]) -> list[str]:
+def _intensities(figure: Any, found: Sequence[Intensity], named: tuple[str, str]) -> list[str]:
     """Mean of the blood pool against mean of the muscle, a point a sample; and how both are distributed."""
     good = [one for one in found if np.isfinite(one.pool) and np.isfinite(one.muscle)]
     if not good:
@@ -280,35 +283,38 @@ def _intensities(figure: Any, found: Sequence[Intensity]) -> list[str]:
     for one in sorted(good, key=lambda one: (one.pool - one.muscle, one.sample_id))[:NAMED_SAMPLES]:
         if one.pool <= one.muscle:
             left.annotate(f"{one.sample_id}", (one.muscle, one.pool), textcoords="offset points", xytext=(6, -12), fontsize=10)
-    left.set(title="a point a sample, bars one standard deviation", xlabel="muscle: mean of outer less inner (intensity)",
-             ylabel="blood pool: mean of inner (intensity)")  # fmt: skip
+    left.set(title="a point a sample, bars one standard deviation", xlabel=f"{named[1]}, mean (modality units)",
+             ylabel=f"{named[0]}, mean (modality units)")  # fmt: skip
     left.legend([*handles, line], [*labels, "equal: points below it are named"], fontsize=10)
-    bins = np.linspace(ends[0], ends[1] if ends[1] > ends[0] else ends[0] + 1.0, 41)
-    for values, name, colour in ((pool, "blood pool (inner)", "#e69f00"), (muscle, "muscle (outer less inner)", "#56b4e9")):
+    bins = np.linspace(ends[0], ends[1] if ends[1] > ends[0] else ends[0] + 1.0, _bins(len(good)))
+    for values, name, colour in ((pool, named[0], "#e69f00"), (muscle, named[1], "#56b4e9")):
         right.hist(values, bins=bins, color=colour, alpha=0.6, label=name)
     right.set(title=f"{len(good)} samples", xlabel="mean intensity (modality units)", ylabel="samples")
     right.yaxis.get_major_locator().set_params(integer=True)
     right.legend(fontsize=10)
-    said = (
-        [f"{sum(pool <= muscle)} of {len(good)} samples: the blood pool is no brighter than the muscle"] if (pool <= muscle).any() else []
-    )
+    said = [f"{sum(pool <= muscle)} of {len(good)} samples: {named[0]} is no brighter than {named[1]}"] if (pool <= muscle).any() else []
     problems = [f"sample {one.sample_id}: {one.problem}" for one in found if one.problem]
     more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []
     return said + problems[:10] + more
 
 
-def _measured(database: Database, rows: Sequence[Row], structures: Sequence[str], jobs: int | None, progress: Progress) -> list[Intensity]:
+def _measured(
+    database: Database, rows: Sequence[Row], structures: Sequence[str], jobs: int | None, progress: Progress
+) -> tuple[list[Intensity], tuple[str, str]]:
+    """Return what was measured, and what is inside and around in words."""
     by_sample: dict[int, dict[str, int]] = defaultdict(dict)
     for row in rows:
         by_sample[row.sample_id][row.structure] = row.annotation_id
     with database.connect() as conn:
         inside = viewing.relations(conn)
         pairs: list[tuple[int, int, int]] = []
+        names: set[tuple[str, str]] = set()
         for sample, drawn in by_sample.items():
             for name in drawn:
                 around = sorted(other for other in inside.get(name, ()) if other in drawn)
                 if around and (not structures or name in structures):
                     pairs.append((sample, drawn[name], drawn[around[0]]))
+                    names.add((name, around[0]))
         if not pairs:
             raise UsageError("no image has a structure and the one around it (table relation, such as inner and outer)")
         if len(pairs) > MOST_IMAGES:
@@ -316,7 +322,11 @@ def _measured(database: Database, rows: Sequence[Row], structures: Sequence[str]
             pairs = [pairs[at] for at in sorted(picked.tolist())]
         found = {view.image["sample_id"]: view for view in viewing.views(conn, [sample for sample, *_ in pairs], neighbours=False)}
     tasks = [Task(found[sample], one, other) for sample, one, other in pairs if sample in found]
-    return list(mapped(measure_all, tasks, died=_died, jobs=jobs, progress=progress))
+    measured = list(mapped(measure_all, tasks, died=_died, jobs=jobs, progress=progress))
+    if names == {("inner", "outer")}:
+        return measured, ("blood pool (inner)", "muscle (outer less inner)")
+    listed = [", ".join(sorted({_shown(name[side]) for name in names})) for side in (0, 1)]
+    return measured, (f"inside ({listed[0]})", f"around ({listed[1]} less what is inside)")
 
 
 def measure_all(tasks: Sequence[Task]) -> list[Intensity]:
@@ -366,6 +376,11 @@ def _area(row: Row, mm: bool) -> float:
 
 def _unit(mm: bool) -> str:
     return "mm²" if mm else "px: a pixel spacing is not known"
+
+
+def _bins(count: int) -> int:
+    """Edges of a histogram's bars: not many more bars than masks."""
+    return int(np.clip(round(2 * count**0.5), 8, 40)) + 1
 
 
 def _shown(name: str) -> str:

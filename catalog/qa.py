@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import psycopg
@@ -338,7 +339,7 @@ def _found(
             best[subject_id] = one
     result.findings = len(best)
     for row in left:
-        if len(row) != 2 or not isinstance(row[1], str | None) or (row[0] is not None and int(row[0]) != row[0]):
+        if len(row) != 2 or not isinstance(row[1], str | None) or not isinstance(row[0], int | Decimal | None):
             raise wrong("its query after `-- not evaluated` returns something else than a count and why")
         if row[0]:
             result.not_evaluated += int(row[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from catalog.errors import CatalogError
 from catalog.flags import transaction
 from catalog.ingest import LOCK_CLASS
 from catalog.remote import is_url, opened
+
+# s. An ingest that has just ended holds its lock until the server sees that its connection is gone.
+PAUSES = (0.0, 0.05, 0.2, 0.5)
 
 LOOKED_AT = 20  # files of a moved root that are looked for in the new place
 
@@ -94,9 +98,14 @@ def alone(conn: psycopg.Connection[Any], root_ids: Iterable[int]) -> None:
         CatalogError: If one is running: it would write over what is decided or taken out meanwhile.
     """
     for root_id in sorted(set(root_ids)):
-        if conn.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", [LOCK_CLASS, root_id]).fetchone() != (True,):
+        if not any(_locked(conn, root_id, pause) for pause in PAUSES):
             name = conn.execute("SELECT name FROM root WHERE id = %s", [root_id]).fetchone()
             raise CatalogError(f"root {name[0] if name else root_id!r}: an ingest of it is running; try again when it has ended")
+
+
+def _locked(conn: psycopg.Connection[Any], root_id: int, pause: float) -> bool:
+    time.sleep(pause)
+    return conn.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", [LOCK_CLASS, root_id]).fetchone() == (True,)
 
 
 def _place(place: str) -> str:

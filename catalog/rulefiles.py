@@ -140,6 +140,7 @@ def parse(path: Path) -> Rule:
             if not re.fullmatch(r"[a-z_][a-z_0-9]{0,62}", short) or short == "enabled":
                 wrong("a parameter's name is of small letters, digits and _, and not `enabled`", lines[name])
             default, _, words = value.partition(" ")
+            default = default.rstrip(";")  # one without a unit
             if not default:
                 wrong(f"parameter {short} has no default, such as `-- parameter {short}: 0.5 mm; what it is for`", lines[name])
             parameters[short], said[short] = default_of(default), words.strip()

@@ -22,7 +22,7 @@ from catalog.viewing import View
 from catalog.workers import mapped
 
 WIDTH, SMALL, GAP, ACROSS = 440, 84, 5, 3  # px of a card and of a neighbour; cards side by side
-MOST_LINES = 7  # of flags on a card
+MOST_LINES = 9  # of text on a card
 KEY = 32
 
 Picture = npt.NDArray[np.uint8]
@@ -155,6 +155,7 @@ def _lines(job: Job) -> list[tuple[Colour, str]]:
     lines = [(DIM, line) for text in job.card.view.labels() for line in wrapped(text, WIDTH)]
     for severity, text in job.card.view.findings(job.card.drawn):
         lines += [(SEVERITY.get(severity, INK), line) for line in wrapped(f"{severity}: {text}", WIDTH)]
+    lines += [(DIM, cut(one.label, WIDTH)) for one in job.card.drawn.values()]
     more = len(lines) - MOST_LINES
     return [*lines[:MOST_LINES], (DIM, f"… and {more} more lines; see `catalog show`")] if more > 0 else lines
 

@@ -134,7 +134,7 @@ class View:
         found = []
         for flag in self.flags:
             one = drawn.get(flag.pairing or 0)
-            if one is not None:
+            if one is not None and flag.severity != "info":  # infos are many, and nothing is wrong
                 around = [other for other in drawn.values() if other.structure in inside.get(one.structure, ())]
                 found.append(mark(flag.rule, one, around, shape))
         return found

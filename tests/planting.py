@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import psycopg
 
-from catalog import contours, qa, records, shapes
+from catalog import contours, records, rulefiles, shapes
 
 Points = npt.NDArray[np.float64]
 
@@ -182,9 +183,14 @@ class Archive:
             now = base * (1.0 - squeeze * np.sin(np.pi * place.phase / phases) ** 2)
             centre = np.array([x, y]) + drift * place.slice
             # The muscle keeps its area as it contracts.
-            place.outer = self._draw(place, 2, outline(centre, np.sqrt(around**2 - base**2 + now**2), waves))
-            place.inner = self._draw(place, 1, outline(centre, now, waves))
+            place.outer = self._draw(place, 2, self._by_hand(centre, np.sqrt(around**2 - base**2 + now**2), waves))
+            place.inner = self._draw(place, 1, self._by_hand(centre, now, waves))
         return made
+
+    def _by_hand(self, centre: Points, radius: float, waves: Sequence[tuple[float, float]]) -> Points:
+        """Return an outline as no hand draws it twice."""
+        finer = [(self.rng.uniform(0.005, 0.012), self.rng.uniform(0, 2 * np.pi)) for _ in range(3)]
+        return outline(centre + self.rng.normal(0, 0.25, 2), radius, [*waves, *finer])
 
     def _draw(self, place: Place, structure: int, points: Points) -> Drawing:
         if place.image % 4 == 0:
@@ -245,24 +251,25 @@ def raster(rings: Sequence[Points], image: Sequence[Any]) -> tuple[tuple[Any, ..
     return (rows, columns, top, left, high, wide, bits), shape
 
 
-def fit(rng: np.random.Generator, at: tuple[float, float] = (0.0, 0.0), height: float = 1.0, noise: float = 0.05) -> list[float]:
-    """Return the scores of an edge_fit: a hill of a height over its foot with its top at (x, y) px, and noise; of mean 0."""
+def fit(rng: np.random.Generator, at: tuple[float, float] = (0.0, 0.0), noise: float = 0.05) -> list[float]:
+    """Return the scores of an edge_fit: a hill with its top at (x, y) px, and noise; of mean 0 and deviation 1."""
     y, x = np.mgrid[-2:2.1:0.5, -2:2.1:0.5]
-    hill = height * np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / 2)
+    hill = np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / 2)
     scores = (hill + rng.normal(0, noise, hill.shape)).ravel()
-    return list((scores - scores.mean()).tolist())
+    return list(((scores - scores.mean()) / scores.std()).tolist())
 
 
 class Ground:
     """Where one rule's defects and near misses are planted: studies of its own, which nothing else touches."""
 
-    def __init__(self, archive: Archive, rule: qa.Rule, bad: list[Study], near: list[Study]) -> None:
+    def __init__(self, archive: Archive, rule: rulefiles.Rule, bad: list[Study], near: list[Study]) -> None:
         self.archive, self.rule, self.bad, self.near = archive, rule, bad, near
         self.defects: list[tuple[dict[str, set[int]], str | None]] = []
         self.misses: list[dict[str, set[int]]] = []
         self.updates: dict[tuple[str, tuple[str, ...]], list[tuple[Any, ...]]] = {}
         self.statements: list[tuple[str, list[Any]]] = []
         self.drawings: dict[int, tuple[Drawing, Place]] = {}
+        self.taken: Counter[int] = Counter()
 
     def limit(self, name: str) -> float:
         """Return a parameter of the rule: the only thing that a planting may know about it."""
@@ -323,8 +330,9 @@ class Ground:
             self.run("DELETE FROM instance WHERE id = %s", place.instance)
             self.run("DELETE FROM file WHERE id = %s", place.file)
 
-    def unpair(self, drawn: Drawing) -> None:
+    def unpair(self, study: int, drawn: Drawing) -> None:
         """Take a contour off its image, with what was said of that."""
+        self.taken[study] += 1
         self.run("DELETE FROM flag WHERE pairing_id = %s", drawn.pairing)
         self.run("DELETE FROM pairing WHERE id = %s", drawn.pairing)
 
@@ -358,7 +366,9 @@ class Ground:
                     changed["annotation"],
                 )
                 # A new version of an annotation would have a new pairing: what was counted on the old one does not hold.
-                cursor.execute("DELETE FROM overlap WHERE pairing_id = ANY(%(those)s) OR other_id = ANY(%(those)s)", {"those": list(self.drawings)})
+                cursor.execute(
+                    "DELETE FROM overlap WHERE pairing_id = ANY(%(those)s) OR other_id = ANY(%(those)s)", {"those": list(self.drawings)}
+                )
                 for table in ("shape", "mask"):
                     cursor.execute(f"DELETE FROM {table} WHERE pairing_id = ANY(%s)", [list(self.drawings)])
                     copy_rows(conn, table, changed[table])

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catalog import contours, lettering, overlay
-from catalog.overlay import Drawn, contact_sheet, panes
+from catalog import contours, lettering, marks, overlay, show, viewing
+from catalog.database import open_database
+from catalog.marks import Mark
+from catalog.overlay import Beside, Drawn, contact_sheet, panes
 
 SQUARE = np.array([[40.0, 30.0], [60.0, 30.0], [60.0, 45.0], [40.0, 45.0]])
 
@@ -328,3 +330,159 @@ def test_a_contact_sheet_refuses_what_does_not_fit(images, masks, titles, struct
     """Numbers and shapes that contradict each other are a ValueError."""
     with pytest.raises(ValueError, match=words):
         contact_sheet(images, masks, titles, structures)
+
+
+# ------------------------------------------------------------------------------------------ causes of flags
+
+
+def with_mask(mask):
+    return Drawn("inner", [], "centre", (0.0, 0.0), mask, "inner")
+
+
+def test_a_crossing_is_marked_where_edges_cross():
+    """A bow tie crosses itself once, in its middle, whatever its convention and shift."""
+    bow = np.array([[10.0, 10.0], [30.0, 30.0], [30.0, 10.0], [10.0, 30.0]])
+    for convention, shift, centre in (("corner", (0.0, 0.0), (20.0, 20.0)), ("centre", (1.0, -2.0), (21.5, 18.5))):
+        found = marks.mark("CONTOUR-CROSSING", Drawn("a", [bow], convention, shift, None, ""), [], (64, 64))
+        assert len(found.boxes) == 1
+        left, top, right, bottom = found.boxes[0]
+        assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(centre)
+        assert right - left < 4
+    assert len(marks.crossings([SQUARE])) == 0
+    assert len(marks.crossings([SQUARE, SQUARE + 5.25])) == 2
+
+
+def test_parts_and_holes_are_found():
+    """The lesser parts are boxed and the largest is not; a hole is, and the background is none; corners join no parts."""
+    mask = np.zeros((40, 50), bool)
+    mask[5:20, 5:20] = True
+    mask[20:22, 20:23] = True  # touches by a corner
+    mask[30, 40] = True
+    mask[10:12, 10:13] = False
+    assert marks.parts(mask) == [(5, 5, 20, 20), (20, 20, 23, 22), (40, 30, 41, 31)]
+    assert marks.parts(mask, diagonal=True) == [(5, 5, 23, 22), (40, 30, 41, 31)]
+    assert marks.mark("MASK-PARTS", with_mask(mask), [], mask.shape).boxes == ((18.5, 18.5, 24.5, 23.5), (38.5, 28.5, 42.5, 32.5))
+    assert marks.mark("MASK-HOLES", with_mask(mask), [], mask.shape).boxes == ((8.5, 8.5, 14.5, 13.5),)
+    snake = np.zeros((9, 9), bool)
+    snake[0::2] = True
+    snake[1::4, 0] = snake[3::4, 8] = True
+    assert marks.parts(snake) == [(0, 0, 9, 9)]
+
+
+def test_the_border_and_what_sticks_out_are_marked():
+    """Pixels on the image's edge, and those of the inner structure outside the outer one: these and no others."""
+    inner, outer = np.zeros((2, 30, 40), bool)
+    inner[10:20, 0:12] = True
+    outer[8:22, 0:10] = True
+    found = marks.mark("MASK-BORDER", with_mask(inner), [], inner.shape)
+    assert found.boxes == ((0.0, 8.5, 2.5, 21.5),)
+    assert found.pixels.sum() == 10 and found.pixels[10:20, 0].all()
+    out = marks.mark("RELATION-OUTSIDE", with_mask(inner), [with_mask(outer)], inner.shape)
+    np.testing.assert_array_equal(out.pixels, inner & ~outer)
+    assert out.boxes == ((8.5, 8.5, 13.5, 21.5),)
+
+
+def test_points_outside_and_gaps_are_marked():
+    """Crosses where the image ends beside points beyond it; a line from a contour's last point to its first."""
+    beyond = np.array([[5.0, 5.0], [-30.0, 12.0], [20.0, 900.0], [9.0, 9.0]])
+    found = marks.mark("CONTOUR-OUTSIDE", Drawn("a", [beyond], "corner", (0, 0), None, ""), [], (40, 50))
+    assert set(found.crosses) == {(0.5, 12.0), (20.0, 39.5)}
+    gap = marks.mark("CONTOUR-OPEN", drawn_square(), [], (96, 128))
+    assert gap.line == ((40.0, 45.0), (40.0, 30.0))
+
+
+@pytest.mark.parametrize("rule", [*marks.CAUSES, "TEST-OWN"])
+@pytest.mark.parametrize("one", [drawn_square(), drawn_square(mask=True), with_mask(np.zeros((96, 128), bool))])
+def test_every_rule_marks_something_or_nothing(rule, one):
+    """Where a cause is not found the structure is framed; a structure that is nowhere has no place."""
+    found = marks.mark(rule, one, [], (96, 128))
+    assert found.text == rule
+    assert (found.place is None) == (one.mask is not None and not one.mask.any() and not one.rings)
+    picture(overlay.overlay(np.zeros((96, 128)), [one], spacing_mm=None, caption=[], marks=[found]))
+
+
+def test_a_mark_is_drawn_at_its_place():
+    """A box's sides are white lines where they are in the image; nothing else of the zoomed part is white."""
+    one, mark = drawn_square(), Mark("A-RULE", boxes=((45.0, 33.0, 55.0, 41.0),))
+    png = overlay.overlay(np.zeros((96, 128)), [one], spacing_mm=None, caption=[], marks=[mark])
+    _, zoom = panes((96, 128), [one], spacing_mm=None)
+    part = picture(png)[zoom.top : zoom.top + zoom.height, zoom.left : zoom.left + zoom.width].min(axis=2).astype(float)
+    (left, top), (right, bottom) = zoom.place(np.array([[45.0, 33.0], [55.0, 41.0]])) - (zoom.left, zoom.top)
+    row, column = int(top + bottom) // 2, int(left + right) // 2
+    middle = int(left + right) // 2
+    assert centre_of_line(part[row, :middle]) == pytest.approx(left, abs=0.3)
+    assert centre_of_line(part[row, middle:]) + middle == pytest.approx(right, abs=0.3)
+    assert centre_of_line(part[row:, column]) + row == pytest.approx(bottom, abs=0.3)
+    without = picture(overlay.overlay(np.zeros((96, 128)), [one], spacing_mm=None, caption=[]))
+    assert without[zoom.top : zoom.top + zoom.height, zoom.left : zoom.left + zoom.width].min(axis=2).max() < 200
+
+
+def test_findings_are_listed_and_neighbours_shown():
+    """Each open flag adds lines; neighbours stand below with their own contours in the same colour."""
+    one = drawn_square()
+    plain = picture(overlay.overlay(np.zeros((96, 128)), [one], spacing_mm=None, caption=["x"]))
+    listed = picture(overlay.overlay(np.zeros((96, 128)), [one], spacing_mm=None, caption=["x"], findings=[("error", "A"), ("info", "B")]))
+    assert listed.shape[0] == plain.shape[0] + 2 * lettering.LINE_HEIGHT
+    beside = [Beside("slice +10 mm", np.eye(96, 128), [one]), Beside("phase 3", np.eye(96, 128), [])]
+    shown = picture(overlay.overlay(np.zeros((96, 128)), [one], spacing_mm=None, caption=["x"], beside=beside))
+    strip = shown[plain.shape[0] - 40 :]
+    colour = np.array(overlay.colours_of(["inner"])["inner"])
+    found = (np.abs(strip - colour).max(axis=2) < 30).nonzero()[1]
+    assert len(found) > 100 and found.max() < overlay.MARGIN + overlay.BESIDE
+
+
+def test_colour_images_are_shown_in_colour():
+    """RGB of 8 bits is drawn as it is; contours on it, too."""
+    image = np.zeros((96, 128, 3), np.uint8)
+    image[:, :64] = (200, 10, 30)
+    shown = picture(overlay.overlay(image, [drawn_square(mask=True)], spacing_mm=None, caption=[]))
+    assert (shown[60, 60] == (200, 10, 30)).all()
+
+
+def test_small_values_are_bright_in_an_inverted_image():
+    """MONOCHROME1: what is least is white."""
+    image = np.tile(np.arange(128.0), (96, 1))
+    shown = picture(overlay.overlay(image, [], spacing_mm=None, caption=[], inverted=True))
+    assert shown[300, 40, 0] > 200 > 60 > shown[300, 740, 0]
+
+
+# What eyes without one kind of cone see: Viénot, Brettel and Mollon (1999), in linear RGB.
+SEEN = {
+    "protan": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
+    "deutan": [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
+}
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_inner_and_outer_differ_for_colour_blind_eyes(kind):
+    """The two colours of nearly every picture are far apart for eyes without red or without green cones."""
+    seen = []
+    for colour in overlay.colours_of(["inner", "outer"]).values():
+        linear = (np.array(colour) / 255) ** 2.2
+        seen.append(255 * np.clip(np.array(SEEN[kind]) @ linear, 0, 1) ** (1 / 2.2))
+    assert np.abs(seen[0] - seen[1]).max() > 100
+
+
+def test_show_of_a_sample(ingested, conn, catalog, tmp_path):
+    """The command draws flags and neighbours of a sample, and says neither patient nor UID unless it is asked to."""
+    sample, pairing = conn.execute("SELECT image_id, id FROM pairing ORDER BY id LIMIT 1").fetchone()
+    conn.execute("INSERT INTO flag (rule, severity, detail, pairing_id, raised_by) VALUES ('A-RULE', 'error', 'x', %s, 't')", [pairing])
+    patient, uid = conn.execute("SELECT patient, sop_instance_uid FROM image_all WHERE sample_id = %s", [sample]).fetchone()
+    with open_database(ingested) as db, db.connect() as own:
+        (view,) = viewing.views(own, [sample])
+        assert [flag.rule for flag in view.flags] == ["A-RULE"] and len(view.beside) >= 2
+        assert [mark.text for mark in view.marks(view.drawn(), {})] == ["A-RULE"]
+        said = " ".join(show.caption(view.image, identify=False))
+        assert patient not in said and uid not in said
+        said = " ".join(show.caption(view.image, identify=True))
+        assert patient in said and uid in said
+        assert show.picture(db, sample) == show.picture(db, sample)
+    done = catalog("show", sample, "-o", tmp_path / "x.png")
+    assert done.returncode == 0, done.stderr
+    assert picture((tmp_path / "x.png").read_bytes()).shape[1] > 900
+    for arguments, words in (
+        ([sample, "-o", tmp_path / "x.jpg"], "ends in .png"),
+        ([10**9, "-o", tmp_path / "y.png"], "not in the catalog"),
+    ):
+        done = catalog("show", *arguments)
+        assert done.returncode in (1, 2) and words in done.stderr and done.stderr.count("\n") == 1

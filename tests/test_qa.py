@@ -19,6 +19,7 @@ import loaderd
 from catalog import cli, database, flags, qa, rulefiles
 from catalog.errors import CatalogError, UsageError
 from tests.conftest import Run
+from tests.processes import wait_until
 
 HEAD = "-- title: {title}\n-- severity: {severity}\n-- subject: {subject}\n-- means: m\n-- do: d\n"
 BRIGHT = """-- parameter most: 100; the largest mean that is right
@@ -213,8 +214,9 @@ def test_two_rules_with_one_subject_do_not_meddle(db: database.Database, conn: p
     run(db)
     assert sorted(found(conn, "rule, state")) == [("T-BRIGHT", "open"), ("T-DIM", "resolved")]
     for order in ("", "DESC"):
-        write("T-DIM", query="SELECT 1 AS subject_id, v AS value, d AS detail, s AS severity FROM (VALUES (1, 'a', 'info'), (2, 'c', 'error'), "
-              f"(3, 'b', 'error'), (4, 'b', 'error')) AS o (v, d, s), (SELECT FROM scope LIMIT 1) AS one ORDER BY v {order}\n")  # fmt: skip
+        several = "(VALUES (1, 'a', 'info'), (2, 'c', 'error'), (3, 'b', 'error'), (4, 'b', 'error')) AS o (v, d, s)"
+        query = f"SELECT 1 AS subject_id, v AS value, d AS detail, s AS severity FROM {several} ORDER BY v {order}\n"
+        write("T-DIM", query=query)
         run(db)
         assert found(conn, "rule, severity, detail, value")[2:] == [("T-DIM", "error", "b", 3.0)]
 
@@ -226,8 +228,8 @@ def test_flags_may_be_on_anything(db: database.Database, conn: psycopg.Connectio
         "patient": "patient",
     }  # fmt: skip
     for subject, table in tables.items():
-        write(f"T-{subject.upper()}", subject=subject,
-              query=f"SELECT o.id AS subject_id, 1 AS value, 'x' AS detail FROM {table} o, measure, scope WHERE o.id = 1 AND series_id = 1\n")  # fmt: skip
+        query = f"SELECT o.id AS subject_id, 1 AS value, 'x' AS detail FROM {table} o, measure, scope WHERE o.id = 1 AND series_id = 1\n"
+        write(f"T-{subject.upper()}", query, subject=subject)
     measured(conn, {1: 1.0})
     run(db)
     assert [row.count(None) for row in found(conn, ", ".join(f"{table}_id" for table in tables))] == [6] * 7
@@ -276,8 +278,10 @@ def test_parameters_are_set_by_people(db: database.Database, conn: psycopg.Conne
     assert run(db, changed=True).results[0].raised == 1
     log = "SELECT actor, action, before ->> 'value', after ->> 'value', reason FROM event WHERE subject = 'rule_setting' ORDER BY id"
     assert conn.execute(log).fetchall() == [
-        ("ada", "insert", None, "160.5", "contrast agent"), ("bo", "update", "160.5", "-1e2", "try"), ("cy", "delete", "-1e2", None, "as before")
-    ]  # fmt: skip
+        ("ada", "insert", None, "160.5", "contrast agent"),
+        ("bo", "update", "160.5", "-1e2", "try"),
+        ("cy", "delete", "-1e2", None, "as before"),
+    ]
 
 
 def test_a_value_of_another_type_is_refused(db: database.Database, conn: psycopg.Connection, write: Write) -> None:
@@ -385,7 +389,7 @@ def test_changed_looks_at_whom_something_changed(db: database.Database, conn: ps
     conn.execute("UPDATE measure SET mean = 90 WHERE image_id = 33")
     qa.run(db, rules=[rulefiles.load()["T-ACROSS"]], changed=True)  # not all rules: what changed is kept for the others
     assert run(db, changed=True).results[1].closed == 1
-    write(query=BRIGHT.replace(">", ">="))  # another rule now: all are looked at
+    write(query=BRIGHT.replace(">", ">=").format(value="m.mean", more=""))  # another rule now: all are looked at
     assert run(db, changed=True).patients == 3
     assert run(db, changed=True).patients == 0
 
@@ -418,43 +422,46 @@ def test_what_belonged_to_a_series_that_is_gone(db: database.Database, conn: psy
     assert run(db, changed=True).results[0].closed == 1
 
 
+def of(alias: str) -> str:
+    return ", ".join(f"{alias}.{table}_id" for table, _ in flags.NAMED_BY.values())
+
+
 CHANGES = [
-    "UPDATE pairing SET state = (ARRAY['accepted', 'proposed', 'rejected'])[1 + %(n)s % 3] WHERE id = %(pairing)s",
+    "UPDATE pairing SET state = (ARRAY['accepted', 'proposed', 'rejected'])[1 + %(n)s %% 3] WHERE id = %(pairing)s",
     "DELETE FROM pairing WHERE id = %(pairing)s",
-    "UPDATE mask SET area_px = %(n)s WHERE pairing_id = %(pairing)s",
-    "UPDATE shape SET components = 1 + %(n)s % 4, holes = %(n)s % 3, border_px = %(n)s % 2 * 20, self_crossings = %(n)s % 2, "
-    "points_outside = %(n)s % 3, largest_px = %(n)s WHERE pairing_id = %(pairing)s",
+    "UPDATE mask SET bits = set_byte(bits, 0, %(n)s) WHERE pairing_id = %(pairing)s",
+    "UPDATE shape SET components = 1 + %(n)s %% 4, holes = %(n)s %% 3, border_px = %(n)s %% 2 * 20, self_crossings = %(n)s %% 2, "
+    "points_outside = %(n)s %% 3, largest_px = %(n)s WHERE pairing_id = %(pairing)s",
     "UPDATE annotation SET current = false WHERE id = (SELECT annotation_id FROM pairing WHERE id = %(pairing)s)",
     "INSERT INTO measure (image_id, minimum, maximum, mean, deviation, entropy, saturated, nans) "
-    "VALUES (%(image)s, 0, %(n)s, 1, %(n)s % 3, 1, %(n)s % 2, %(n)s % 3) ON CONFLICT (image_id) DO UPDATE "
+    "VALUES (%(image)s, 0, %(n)s, 1, %(n)s %% 3, 1, %(n)s %% 2, %(n)s %% 3) ON CONFLICT (image_id) DO UPDATE "
     "SET deviation = excluded.deviation, saturated = excluded.saturated, nans = excluded.nans, maximum = excluded.maximum",
     "DELETE FROM measure WHERE image_id = %(image)s",
     "UPDATE image SET row_spacing = row_spacing * 2 WHERE id = %(image)s",
     "UPDATE image SET position = position + 3, image_position[3] = image_position[3] + 3 WHERE id = %(image)s",
     "UPDATE image SET image_orientation[1] = 0.5 WHERE id = %(image)s",
     "UPDATE image SET phase = NULL, trigger_time = NULL WHERE id = %(image)s",
-    "UPDATE instance SET instance_number = %(n)s % 5, gantry_tilt = %(n)s % 7, burned_in_annotation = 'YES' "
+    "UPDATE instance SET instance_number = %(n)s %% 5, gantry_tilt = %(n)s %% 7, burned_in_annotation = 'YES' "
     "WHERE id = (SELECT instance_id FROM image WHERE id = %(image)s)",
-    "UPDATE instance SET surplus_bytes = %(n)s % 3, other_meta_uid = %(n)s % 2 = 0, over_89 = %(n)s % 2 = 0, identity_removed = 'YES' "
+    "UPDATE instance SET surplus_bytes = %(n)s %% 3, other_meta_uid = %(n)s %% 2 = 0, over_89 = %(n)s %% 2 = 0, identity_removed = 'YES' "
     "WHERE id = (SELECT instance_id FROM image WHERE id = %(image)s)",
-    "UPDATE file SET state = (ARRAY['present', 'missing'])[1 + %(n)s % 2] "
+    "UPDATE file SET state = (ARRAY['present', 'missing'])[1 + %(n)s %% 2] "
     "WHERE id = (SELECT file_id FROM location WHERE image_id = %(image)s LIMIT 1)",
     "UPDATE file SET state = 'missing' WHERE id = (SELECT a.file_id FROM annotation a JOIN pairing p ON p.annotation_id = a.id "
     "WHERE p.id = %(pairing)s)",
     "UPDATE flag SET state = 'resolved', closed_by = 'ada', closed_at = now(), reason = 'x' "
-    "WHERE state = 'open' AND id %% 5 = %(n)s % 5",
+    "WHERE state = 'open' AND id %% 5 = %(n)s %% 5",
     "UPDATE flag SET state = 'false_positive', closed_by = 'ada', closed_at = now(), reason = 'x' "
-    "WHERE state = 'open' AND id %% 7 = %(n)s % 7",
-    "UPDATE flag SET state = 'open', closed_by = NULL, closed_at = NULL, reason = NULL "
-    "WHERE id = (SELECT max(id) FROM flag f WHERE state <> 'open' AND raised_by = 'qa' AND closed_by = 'ada' AND NOT EXISTS (SELECT FROM flag g "
-    "WHERE g.state = 'open' AND g.rule = f.rule AND (g.file_id, g.image_id, g.annotation_id, g.pairing_id, g.series_id, g.study_id, g.patient_id) "
-    "IS NOT DISTINCT FROM (f.file_id, f.image_id, f.annotation_id, f.pairing_id, f.series_id, f.study_id, f.patient_id)))",
+    "WHERE state = 'open' AND id %% 7 = %(n)s %% 7",
+    "UPDATE flag SET state = 'open', closed_by = NULL, closed_at = NULL, reason = NULL WHERE id = (SELECT max(id) FROM flag f "
+    "WHERE state <> 'open' AND raised_by = 'qa' AND closed_by = 'ada' AND NOT EXISTS (SELECT FROM flag g "
+    f"WHERE g.state = 'open' AND g.rule = f.rule AND ({of('g')}) IS NOT DISTINCT FROM ({of('f')})))",
     "INSERT INTO relation (inside, outside, actor) VALUES ('outer', 'inner', 'ada') ON CONFLICT DO NOTHING",
     "DELETE FROM relation WHERE inside = 'outer'",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_changed_gives_what_a_full_run_gives(ingested: str, new_database: Callable[..., str], seed: int) -> None:
     """With all of our rules, after random changes to pairings, masks, images, files and flags: --changed leaves the same flags, to the
     word, as a full run over a copy of the same database, again and again.
@@ -475,28 +482,20 @@ def test_changed_gives_what_a_full_run_gives(ingested: str, new_database: Callab
             images, pairings = sorted({row[0] for row in drawn}), [row[1] for row in drawn if row[1]]
             for statement in draw.sample(CHANGES, 6):
                 values = {"n": draw.randrange(100), "image": draw.choice(images), "pairing": draw.choice(pairings or [0])}
-                for name, value in values.items():
-                    statement = statement.replace(f"%({name})s", str(value))
-                conn.execute(statement.replace("%%", "%"))
+                conn.execute((statement % {name: str(value) for name, value in values.items()}).encode())
         copy = new_database(str(conninfo_to_dict(url)["dbname"]))
         left = []
         for one, changed in ((url, True), (copy, False)):
-            with database.open_database(one) as db:
+            with database.open_database(one) as db, psycopg.connect(one) as conn:
                 qa.run(db, rules=rules, changed=changed)
-                with db.connect() as conn:
-                    left.append(conn.execute(
-                        "SELECT rule, state, severity, detail, value, closed_by, reason, file_id, image_id, annotation_id, pairing_id, series_id, "
-                        "study_id, patient_id FROM flag ORDER BY flag::text COLLATE \"C\", id"
-                    ).fetchall())  # fmt: skip
+                left.append(found(conn, f"rule, state, severity, detail, value, closed_by, reason, {of('flag')}"))
         assert sorted(map(str, left[0])) == sorted(map(str, left[1]))
 
 
 # ------------------------------------------------------------------------------------------ several runs, killed runs
 
 
-GATE = """SELECT i.id AS subject_id, 1 AS value, 'x' AS detail FROM image i, pg_advisory_xact_lock_shared(77), (SELECT FROM scope LIMIT 1) AS s
-WHERE i.id = 2
-"""
+GATE = "SELECT i.id AS subject_id, 1 AS value, 'x' AS detail FROM image i, pg_advisory_xact_lock_shared(77) WHERE i.id = 2\n"
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -504,10 +503,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(conn: psycopg.Connection, query: str) -> None:
-    """Wait until a query finds something."""
-    while conn.execute(query).fetchone() is None:
-        conn.execute("SELECT pg_sleep(0.02)")
+def wait_for_the_gate(conn: psycopg.Connection) -> None:
+    """Wait until a rule waits for the lock that the test holds."""
+    query = "SELECT FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%image i%'"
+    assert wait_until(lambda: conn.execute(query).fetchone() is not None, timeout_s=60)
 
 
 def test_two_runs_at_once(ingested: str, conn: psycopg.Connection, write: Write, tmp_path: Path) -> None:
@@ -518,7 +517,7 @@ def test_two_runs_at_once(ingested: str, conn: psycopg.Connection, write: Write,
     arguments = ("qa", "run", "--rules", own, "--rule", "U-*", "--json")
     conn.execute("SELECT pg_advisory_lock(77)")
     first = start(*arguments)
-    wait_for(conn, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%image i%'")
+    wait_for_the_gate(conn)
     second = start(*arguments)
     assert second.stderr is not None
     assert second.stderr.readline() == "catalog: another run of the rules is going on; waiting for it\n"
@@ -539,13 +538,13 @@ def test_a_killed_run_is_made_up_for(ingested: str, conn: psycopg.Connection, wr
     arguments = ("qa", "run", "--rules", own, "--rule", "U-*")
     conn.execute("SELECT pg_advisory_lock(77)")
     process = start(*arguments)
-    wait_for(conn, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%image i%'")
+    wait_for_the_gate(conn)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert found(conn, "rule, image_id") == [("U-A", 1)]
     conn.execute("SELECT pg_advisory_unlock(77)")
     process = start(*arguments)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
     assert found(conn, "rule, image_id, state") == [("U-A", 1, "open"), ("U-GATE", 2, "open"), ("U-Z", 1, "open")]
     assert conn.execute("SELECT finished_at IS NULL FROM qa_run ORDER BY id").fetchall() == [(True,), (False,)]

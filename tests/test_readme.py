@@ -12,10 +12,13 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None:
-    """Every command and Python block under "The five things" and "Trainings that go on", copied out in order, runs without an error."""
-    sections = [re.search(rf"^## {title}$(.*?)^## ", README, re.M | re.S) for title in ("The five things", "Trainings that go on")]
+    """Every command and Python block under "The five things", "Trainings that go on" and "Know what you train on", copied out in this
+    order, runs without an error.
+    """
+    titles = ("The five things", "Trainings that go on", "Know what you train on")
+    sections = [re.search(rf"^## {title}$(.*?)^## ", README, re.M | re.S) for title in titles]
     blocks = [found for section in sections if section for found in re.findall(r"^```(sh|python)\n(.*?)^```", section[1], re.M | re.S)]
-    assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh", "python", "sh", "sh"]
+    assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh", "python", "sh", "sh", "sh", "sh", "sh"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []
     for kind, written in blocks:
@@ -30,3 +33,6 @@ def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None
     assert "ejection_fraction" in printed[3] and "SYN0003" in printed[3]
     assert re.search(r" 0  +0\n", printed[5])
     assert "unet-3" in printed[7] and "9f86d081" in printed[7] and "unet-3" in printed[8]
+    assert "SERIES-INCOMPLETE" in printed[9] and "looked at it: is right" in printed[9]
+    assert (tmp_path / "gallery").is_dir() and (tmp_path / "areas.png").stat().st_size > 10_000
+    assert "looked at it: is right" in printed[11]

@@ -29,7 +29,7 @@ def test_a_file_s_head_and_queries_are_taken_apart(tmp_path: Path) -> None:
     text = (
         "-- Somebody's note\n-- title: Too big: far too big\n-- severity: warning\n-- subject: pairing\n-- version: 12\n-- scope: all\n"
         "-- means: one\n--   two\n-- do: look\n--   again: closely\n"
-        "-- parameter least_mm: -0.5 mm; at least\n-- parameter strict: true\n-- parameter name: inner the structure\n\n"
+        "-- parameter least_mm: -0.5 mm; at least\n-- parameter strict: true;\n-- parameter name: inner the structure\n\n"
         "-- a comment: of the query\nSELECT p.id AS subject_id, 1 AS value, 'a :least_mm b'' :no' AS detail -- :nor\n"
         "  FROM pairing p WHERE 5 % 3 > :least_mm::float8 AND :strict AND x[1:2] = :name;\n"
         "-- not evaluated\n-- since\nSELECT count(*), '100 %' FROM image WHERE :strict;\n"

@@ -89,7 +89,10 @@ def found(database_url: str, folder: Path, conn: psycopg.Connection) -> Callable
             "JOIN image i ON i.id = p.image_id JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id "
             "JOIN study st ON st.id = se.study_id JOIN patient pt ON pt.id = st.patient_id WHERE g.state = 'open' AND g.raised_by = 'qa'"
         )
-        return {(rule, image, structure, patient): (severity, value, detail) for rule, image, structure, patient, severity, value, detail in rows}
+        return {
+            (rule, image, structure, patient): (severity, value, detail)
+            for rule, image, structure, patient, severity, value, detail in rows
+        }
 
     return run
 
@@ -221,14 +224,14 @@ def test_small_contours_at_the_apex_are_no_outliers(folder: Path, found: Callabl
 
 
 def test_no_overlap_with_the_next_slice_is_an_error(folder: Path, found: Callable[..., Found]) -> None:
-    """A mask that shares no pixel with the ones beside it is an error; a thin one that runs aslant is a warning."""
+    """A mask that shares no pixel with the ones beside it is an error; a thin one that runs aslant is a warning (but for its ends)."""
     drawn = {(number(at), "inner"): (16.3, 31.7, 5.0) for at in range(SLICES)}
     write(folder, drawn | {(number(3), "inner"): (44.3, 31.7, 5.0)})
     flags = found("OVERLAP-NONE")
     assert {(image, severity) for (_, image, _, _), (severity, _, _) in flags.items()} == {(number(3), "error")}
     write(folder, {(number(at), "inner"): (16.3 + 6 * at, 31.7, 2.0) for at in range(SLICES)})
     flags = found("OVERLAP-NONE")
-    assert len(flags) == SLICES and {severity for severity, _, _ in flags.values()} == {"warning"}
+    assert len(flags) == SLICES - 2 and {severity for severity, _, _ in flags.values()} == {"warning"}
 
 
 @pytest.mark.parametrize(("off_px", "expected"), [(29.0, set()), (29.6, {(number(4), "inner")})])
@@ -286,7 +289,9 @@ def test_where_nothing_decides_all_copies_are_errors(folder: Path, found: Callab
     }
 
 
-def test_what_is_compared_follows_what_changes(folder: Path, found: Callable[..., Found], conn: psycopg.Connection, database_url: str) -> None:
+def test_what_is_compared_follows_what_changes(
+    folder: Path, found: Callable[..., Found], conn: psycopg.Connection, database_url: str
+) -> None:
     """Rows of `overlap` are those of the current contours: when one between two goes, these two are compared, and also by --changed."""
     drawn = {(number(at), "inner"): (20.3, 31.7, 6.0) for at in range(SLICES)}
     write(folder, drawn | {(number(1), "inner"): (42.3, 31.7, 6.0)})
@@ -312,9 +317,7 @@ boxes = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 6), st.in
 
 
 @given(one=boxes, other=boxes, down=st.integers(-5, 5), right=st.integers(-5, 5))
-def test_pixels_in_common_are_those_of_whole_rasters(
-    one: tuple[int, ...], other: tuple[int, ...], down: int, right: int
-) -> None:
+def test_pixels_in_common_are_those_of_whole_rasters(one: tuple[int, ...], other: tuple[int, ...], down: int, right: int) -> None:
     """`in_common` of two boxes is the number of pixels in both full rasters, the second one moved as its image lies."""
 
     def mask(row: int, column: int, rows: int, columns: int, seed: int, place: tuple[float, ...]) -> tuple[overlaps.Boxed, np.ndarray]:

@@ -15,19 +15,21 @@ WITH pair AS MATERIALIZED (
     SELECT o.pairing_id, o.other_id, o.kind, o.apart, sqrt(m.area_px * i.row_spacing * i.column_spacing / pi()) AS radius,
            sqrt(om.area_px * i.row_spacing * i.column_spacing / pi()) AS other_radius,
            :least_mm + o.apart * CASE o.kind WHEN 'slice' THEN :per_mm ELSE :per_ms END AS most
-    FROM scope c
-    JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id
-    JOIN pairing p ON p.image_id = i.id AND p.state = 'accepted' JOIN annotation a ON a.id = p.annotation_id AND a.current
+    FROM scope c -- overlap holds current annotations and accepted pairings alone
+    JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id JOIN pairing p ON p.image_id = i.id
     JOIN overlap o ON o.pairing_id = p.id AND (o.kind = 'phase' OR o.kind = 'slice' AND o.apart <= :apart_mm)
-    JOIN pairing q ON q.id = o.other_id AND q.state = 'accepted' JOIN annotation b ON b.id = q.annotation_id AND b.current
     JOIN mask m ON m.pairing_id = o.pairing_id JOIN mask om ON om.pairing_id = o.other_id
     WHERE i.row_spacing IS NOT NULL AND i.column_spacing IS NOT NULL AND m.area_px > 0 AND om.area_px > 0
 ), side AS MATERIALIZED (
     SELECT pairing_id AS id, other_id AS other, kind, apart, radius, other_radius, abs(radius - other_radius) AS jump, most FROM pair
+    WHERE abs(radius - other_radius) > most
     UNION ALL
     SELECT other_id, pairing_id, kind, apart, other_radius, radius, abs(radius - other_radius), most FROM pair
+    WHERE abs(radius - other_radius) > most
 ), disagrees AS (
-    SELECT id, 2 * count(*) FILTER (WHERE jump > most) - count(*) AS by FROM side GROUP BY id HAVING bool_or(jump > most)
+    SELECT s.id, s.against * 2 - count(*) AS by
+    FROM (SELECT id, count(*) AS against FROM side GROUP BY id) s
+    JOIN (SELECT pairing_id AS id FROM pair UNION ALL SELECT other_id FROM pair) every USING (id) GROUP BY s.id, s.against
 )
 SELECT DISTINCT ON (s.id) s.id AS subject_id, s.jump AS value,
        format('its radius is %s mm, %s (annotation %s, sample %s, %s off) %s mm; up to %s mm of difference is usual',
@@ -35,7 +37,7 @@ SELECT DISTINCT ON (s.id) s.id AS subject_id, s.jump AS value,
               q.annotation_id, q.image_id, round(s.apart::numeric, 1) || CASE s.kind WHEN 'slice' THEN ' mm' ELSE ' ms' END,
               round(s.other_radius::numeric, 1), round(s.most::numeric, 1)) AS detail
 FROM side s JOIN disagrees d USING (id) JOIN disagrees e ON e.id = s.other JOIN pairing q ON q.id = s.other
-WHERE s.jump > s.most AND d.by >= e.by
+WHERE d.by >= e.by
 ORDER BY s.id, s.jump / nullif(s.most, 0) DESC, s.other
 -- not evaluated
 SELECT count(*), 'contours without pixel spacing, or without the same structure and reader on a neighbouring slice or phase'

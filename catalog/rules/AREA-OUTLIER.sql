@@ -12,11 +12,9 @@
 WITH pair AS MATERIALIZED (
     SELECT o.pairing_id, o.other_id, o.kind, sqrt(m.area_px * i.row_spacing * i.column_spacing / pi()) AS radius,
            sqrt(om.area_px * i.row_spacing * i.column_spacing / pi()) AS other_radius
-    FROM scope c
-    JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id
-    JOIN pairing p ON p.image_id = i.id AND p.state = 'accepted' JOIN annotation a ON a.id = p.annotation_id AND a.current
+    FROM scope c -- overlap holds current annotations and accepted pairings alone
+    JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id JOIN pairing p ON p.image_id = i.id
     JOIN overlap o ON o.pairing_id = p.id AND (o.kind = 'phase' OR o.kind = 'slice' AND o.apart <= :apart_mm)
-    JOIN pairing q ON q.id = o.other_id AND q.state = 'accepted' JOIN annotation b ON b.id = q.annotation_id AND b.current
     JOIN mask m ON m.pairing_id = o.pairing_id JOIN mask om ON om.pairing_id = o.other_id
     WHERE i.row_spacing IS NOT NULL AND i.column_spacing IS NOT NULL AND m.area_px > 0 AND om.area_px > 0
 ), between_two AS (

@@ -37,7 +37,8 @@ WITH drawn AS MATERIALIZED (
 ), shifted AS (
     SELECT b.source, sqrt(b.x ^ 2 + b.y ^ 2) AS off,
            format('%s of root %s: best when moved by (%s, %s) px from where they were read%s, over %s contours %s ± %s better than now. '
-                  'Scores at -2, -1.5, … 2 px on the diagonal x = y: %s; in x: %s; in y: %s', s.name, r.name, d.shift_x + b.x, d.shift_y + b.y,
+                  'Scores at -2, -1.5, … 2 px on the diagonal x = y: %s; in x: %s; in y: %s',
+                  s.name, r.name, d.shift_x + b.x, d.shift_y + b.y,
                   CASE WHEN (d.shift_x, d.shift_y) <> (0, 0) THEN format(' (now by (%s, %s))', d.shift_x, d.shift_y) END, b.count,
                   round(b.gain::numeric, 2), round(b.error::numeric, 2), c.diagonal, c.along_x, c.along_y) AS words
     FROM best b JOIN curve c USING (source) JOIN drawn d ON d.source = b.source AND d.place = 1

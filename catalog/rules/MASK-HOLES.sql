@@ -10,8 +10,8 @@
 -- parameter usual: none names of structures that may have holes, with | between them
 SELECT p.id AS subject_id, h.holes::float8 AS value,
        format('%s hole%s; %s', h.holes, CASE h.holes WHEN 1 THEN '' ELSE 's' END,
-              CASE a.kind WHEN 'polygon' THEN 'the contour has ' || cardinality(a.rings) || ' ring(s) and crosses itself ' || h.self_crossings || ' times'
-                          ELSE 'a segment' END) AS detail,
+              CASE WHEN a.kind <> 'polygon' THEN 'a segment'
+                   ELSE format('the contour has %s ring(s) and crosses itself %s times', cardinality(a.rings), h.self_crossings) END) AS detail,
        CASE WHEN h.self_crossings > 0 THEN 'warning' ELSE 'info' END AS severity
 FROM scope c
 JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id

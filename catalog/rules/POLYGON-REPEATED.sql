@@ -24,7 +24,8 @@ WITH drawn AS MATERIALIZED (
 ), repeated AS MATERIALIZED (
     SELECT d.* FROM drawn d JOIN shared USING (hash)
 ), beside AS (
-    SELECT r.id, r.hash, o.other_id AS other, o.kind, o.apart, o.pixels, true AS inside FROM repeated r JOIN overlap o ON o.pairing_id = r.id
+    SELECT r.id, r.hash, o.other_id AS other, o.kind, o.apart, o.pixels, true AS inside
+    FROM repeated r JOIN overlap o ON o.pairing_id = r.id
     UNION ALL
     SELECT r.id, r.hash, o.pairing_id, o.kind, o.apart, o.pixels, false FROM repeated r JOIN overlap o ON o.other_id = r.id
 ), evidence AS (
@@ -43,13 +44,15 @@ WITH drawn AS MATERIALIZED (
     SELECT r.*, coalesce(e.related_against, 0) > 0 OR 2 * coalesce(e.beside_against, 0) > coalesce(e.beside, 0) AS contradicts,
            coalesce(e.fits, 0) > 0 AS backed, coalesce(e.related_against, 0) > 0 AS by_relation
     FROM repeated r LEFT JOIN (
-        SELECT id, count(*) FILTER (WHERE kind = 'image' AND NOT fits) AS related_against, count(*) FILTER (WHERE kind <> 'image') AS beside,
+        SELECT id, count(*) FILTER (WHERE kind = 'image' AND NOT fits) AS related_against,
+               count(*) FILTER (WHERE kind <> 'image') AS beside,
                count(*) FILTER (WHERE kind <> 'image' AND NOT fits) AS beside_against, count(*) FILTER (WHERE fits) AS fits
         FROM evidence GROUP BY id
     ) e USING (id)
 ), whole AS (
     SELECT hash, count(*) AS members, count(*) FILTER (WHERE backed AND NOT contradicts) AS agree,
-           (array_agg(id ORDER BY id))[1:6] AS ids, (array_agg(format('annotation %s on sample %s', annotation_id, image_id) ORDER BY id))[1:6] AS names
+           (array_agg(id ORDER BY id))[1:6] AS ids,
+           (array_agg(format('annotation %s on sample %s', annotation_id, image_id) ORDER BY id))[1:6] AS names
     FROM verdict GROUP BY hash
 ), judged AS (
     SELECT v.*, w.members, w.agree, w.agree = 1 AND v.backed AND NOT v.contradicts AS original,

@@ -20,8 +20,10 @@ WITH at AS (
     UNION
     SELECT c.series_id, f.id FROM scope c JOIN instance n ON n.series_id = c.series_id JOIN file f ON f.instance_id = n.id
 ), odd AS MATERIALIZED (
-    SELECT at.series_id, f.path, :patient_id AS asked FROM at JOIN file f ON f.id = at.file_id
-    WHERE f.state = 'present' AND (:patient_id OR f.path ~ '[\^@,]' OR f.path ~ '[0-9]{3}-[0-9]{2}-[0-9]{4}'
+    -- OFFSET 0: else the paths of the whole catalog are searched, and only then asked whether they are looked at.
+    SELECT f.series_id, f.path, :patient_id AS asked FROM (
+        SELECT at.series_id, f.path FROM at JOIN file f ON f.id = at.file_id AND f.state = 'present' OFFSET 0) AS f
+    WHERE (:patient_id OR f.path ~ '[\^@,]' OR f.path ~ '[0-9]{3}-[0-9]{2}-[0-9]{4}'
         OR f.path ~* 'mrn|ssn|dob|geb|birth|born'
         OR f.path ~ '(^|[/_ -])((19|20)[0-9]{2}[-_.]?[01][0-9][-_.]?[0-3][0-9]|[0-3][0-9][-_.][01][0-9][-_.](19|20)[0-9]{2})($|[/_ .-])')
 ), told AS (

@@ -10,22 +10,26 @@
 -- do: Look at the images (`catalog gallery`). If two stacks share a UID, give one of them a UID of its own, and ingest again. Neighbouring
 --   slices of such a series are not compared by any rule.
 -- parameter most: 0.01 ; largest difference of a direction cosine that is still one direction; 0.01 is about 0.6 degrees
-WITH shown AS (
-    SELECT n.series_id, CASE WHEN n.number_of_frames > 1 THEN n.id ELSE 0 END AS stack, n.instance_number, i.image_orientation AS o
-    FROM scope c JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id
-    JOIN location l ON l.image_id = i.id AND l.preferred
-    WHERE i.image_orientation IS NOT NULL
-), mixed AS (
-    SELECT series_id, stack, count(*) AS images, count(instance_number) > count(DISTINCT instance_number) AND stack = 0 AS doubled,
+WITH mixed AS MATERIALIZED (
+    SELECT n.series_id, CASE WHEN n.number_of_frames > 1 THEN n.id ELSE 0 END AS stack,
            greatest(max(o[1]) - min(o[1]), max(o[2]) - min(o[2]), max(o[3]) - min(o[3]),
                     max(o[4]) - min(o[4]), max(o[5]) - min(o[5]), max(o[6]) - min(o[6])) AS apart
-    FROM shown GROUP BY series_id, stack
+    FROM scope c JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id
+    JOIN location l ON l.image_id = i.id AND l.preferred CROSS JOIN LATERAL (SELECT i.image_orientation AS o) v
+    GROUP BY 1, 2
     HAVING greatest(max(o[1]) - min(o[1]), max(o[2]) - min(o[2]), max(o[3]) - min(o[3]),
                     max(o[4]) - min(o[4]), max(o[5]) - min(o[5]), max(o[6]) - min(o[6])) > :most
+), shown AS (
+    SELECT m.series_id, m.stack, m.apart, n.instance_number, i.image_orientation AS o
+    FROM mixed m JOIN instance n ON n.series_id = m.series_id AND m.stack = CASE WHEN n.number_of_frames > 1 THEN n.id ELSE 0 END
+    JOIN image i ON i.instance_id = n.id JOIN location l ON l.image_id = i.id AND l.preferred WHERE i.image_orientation IS NOT NULL
+), counted AS (
+    SELECT series_id, stack, apart, count(*) AS images, count(instance_number) > count(DISTINCT instance_number) AND stack = 0 AS doubled
+    FROM shown GROUP BY series_id, stack, apart
 ), directions AS (
-    SELECT series_id, stack, m.images, m.doubled, m.apart, count(*) AS alike
-    FROM shown s JOIN mixed m USING (series_id, stack)
-    GROUP BY series_id, stack, m.images, m.doubled, m.apart, round(o[1]::numeric, 2), round(o[2]::numeric, 2), round(o[3]::numeric, 2),
+    SELECT series_id, stack, k.images, k.doubled, k.apart, count(*) AS alike
+    FROM shown s JOIN counted k USING (series_id, stack)
+    GROUP BY series_id, stack, k.images, k.doubled, k.apart, round(o[1]::numeric, 2), round(o[2]::numeric, 2), round(o[3]::numeric, 2),
              round(o[4]::numeric, 2), round(o[5]::numeric, 2), round(o[6]::numeric, 2)
 )
 SELECT series_id AS subject_id, max(apart) AS value,

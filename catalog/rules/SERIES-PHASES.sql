@@ -39,14 +39,11 @@ SELECT series_id AS subject_id, times::float8 AS value,
 FROM odd
 
 -- not evaluated
-SELECT count(*), 'series in which only some images say their trigger time or where they lie' FROM (
+SELECT count(*), 'cine series of several directions, or in which only some images say their trigger time or where they lie' FROM (
     SELECT FROM scope c JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id
     JOIN location l ON l.image_id = i.id AND l.preferred
-    GROUP BY n.series_id HAVING count(i.trigger_time) > 0 AND count(i.trigger_time + i.position) < count(*)) AS partly
-UNION ALL
-SELECT count(*), 'cine series of several directions' FROM (
-    SELECT FROM scope c JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id
-    JOIN location l ON l.image_id = i.id AND l.preferred CROSS JOIN LATERAL (SELECT i.image_orientation AS o) v
-    WHERE i.trigger_time IS NOT NULL GROUP BY n.series_id
-    HAVING greatest(max(o[1]) - min(o[1]), max(o[2]) - min(o[2]), max(o[3]) - min(o[3]),
-                    max(o[4]) - min(o[4]), max(o[5]) - min(o[5]), max(o[6]) - min(o[6])) > 0.01) AS mixed
+    CROSS JOIN LATERAL (SELECT i.image_orientation AS o) v
+    GROUP BY n.series_id
+    HAVING count(i.trigger_time) > 0 AND (count(i.trigger_time + i.position) < count(*)
+        OR greatest(max(o[1]) - min(o[1]), max(o[2]) - min(o[2]), max(o[3]) - min(o[3]),
+                    max(o[4]) - min(o[4]), max(o[5]) - min(o[5]), max(o[6]) - min(o[6])) > 0.01)) AS partly

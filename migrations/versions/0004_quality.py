@@ -278,7 +278,8 @@ SESSION = "coalesce(nullif(current_setting('catalog.actor', true), ''), session_
 WHY = "nullif(current_setting('catalog.reason', true), '')"
 WHO = {
     "flag": (
-        "CASE WHEN n.state = 'open' THEN coalesce(nullif(current_setting('catalog.actor', true), ''), n.raised_by) ELSE n.closed_by END",
+        "coalesce(nullif(current_setting('catalog.actor', true), ''), CASE WHEN n.state = 'open' THEN n.raised_by ELSE n.closed_by END, "
+        "session_user)",
         f"coalesce({WHY}, n.reason)",
     ),
     "pairing": ("n.actor", f"coalesce({WHY}, n.rule)"),
