@@ -251,13 +251,37 @@ def touch(db: Database, part: float) -> None:
 
 def run_rules(db: Database, *, changed: bool) -> dict[str, Any]:
     """Run all rules; returns seconds of all and of each, and what they found."""
+    before = cpu_s(db)
     summary = qa.run(db, rules=rulefiles.load().values(), changed=changed, actor="bench")
-    say(f"rules{' --changed' if changed else ''}: {summary.seconds:.1f} s over {summary.patients:,} patients")
+    cpu = round(cpu_s(db) - before, 1)
+    say(f"rules{' --changed' if changed else ''}: {summary.seconds:.1f} s over {summary.patients:,} patients, {cpu} s of them computing")
     each = {
         result.rule: {"s": result.seconds, "findings": result.findings, "raised": result.raised, "not_evaluated": result.not_evaluated}
         for result in sorted(summary.results, key=lambda result: -result.seconds)
     }
-    return {"s": summary.seconds, "patients": summary.patients, "each": each}
+    return {"s": summary.seconds, "cpu_s": cpu, "patients": summary.patients, "each": each}
+
+
+def cpu_s(db: Database) -> float:
+    """Return the CPU seconds of this process and of the server, those of sessions that have ended among them: what else runs is not in it."""
+    with db.connect(autocommit=True) as conn:
+        row = conn.execute("SELECT pg_backend_pid()").fetchone()
+    time.sleep(0.2)  # until the session that asked is over and counted
+    own = os.times()
+    total = own.user + own.system
+    if row is None or db.server is None:
+        return total
+    postmaster = int(Path(db.server.host, "postmaster.pid").read_text().split()[0])
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(stat.parent.name) == postmaster:
+            total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        elif int(fields[1]) == postmaster:
+            total += sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _asked(conn: psycopg.Connection[Any], rng: random.Random, rounds: int) -> dict[str, list[list[tuple[str, Sequence[Any]]]]]:
@@ -336,10 +360,10 @@ def table(found: dict[str, Any]) -> str:
     rows: list[tuple[str, str, str, bool | None]] = []
     if one := found.get("rules"):
         title = f"all {len(one['each'])} rules on {found['image']:,} images and {found['annotation']:,} annotations"
-        rows.append((title, f"{one['s']:.1f} s", "≤ 60 s", one["s"] <= 60))
+        rows.append((title, f"{one['s']:.1f} s, {one['cpu_s']:.1f} s of CPU", "≤ 60 s", one["s"] <= 60))
         if part := found.get("changed"):
-            rows.append((f"`--changed` after a change of {part['patients']} of {one['patients']:,} patients", f"{part['s']:.1f} s",
-                         f"≤ 10 %: {one['s'] / 10:.1f} s", part["s"] <= one["s"] / 10))  # fmt: skip
+            rows.append((f"`--changed` after a change of {part['patients']} of {one['patients']:,} patients",
+                         f"{part['s']:.1f} s, {part['cpu_s']:.1f} s of CPU", f"≤ 10 %: {one['s'] / 10:.1f} s", part["s"] <= one["s"] / 10))  # fmt: skip
     goals = {
         "a SOPInstanceUID": 1,
         "a patient's everything": 10,

@@ -31,7 +31,7 @@ LEAST = 1e-9  # of the largest block: what is smaller is rounding
 
 def _cosines() -> npt.NDArray[np.float64]:
     at = np.arange(BLOCKS)
-    rows = np.cos(np.pi / BLOCKS * np.arange(FREQUENCIES)[:, np.newaxis] * (at + 0.5)) * np.sqrt(2 / BLOCKS)
+    rows: npt.NDArray[np.float64] = np.cos(np.pi / BLOCKS * np.arange(FREQUENCIES)[:, np.newaxis] * (at + 0.5)) * np.sqrt(2 / BLOCKS)
     rows[0] /= np.sqrt(2)
     return rows
 

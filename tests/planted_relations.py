@@ -184,8 +184,8 @@ def repeated(at: Ground) -> None:
     one, other, *few = at.bad
     for k, place in enumerate(place for place in one if place.slice < 5):
         # To the far end of the same stack, or to another patient.
-        target = one.places[9 - place.slice % 2, (place.phase + 2) % PHASES] if place.slice < 2 else other.places[place.slice, place.phase]
-        source, drawn = (place.inner, target.inner) if k % 2 or place.slice < 2 else (place.outer, target.outer)
+        target = one.places[9, (place.phase + 2) % PHASES] if place.slice < 1 else other.places[place.slice, place.phase]
+        source, drawn = (place.inner, target.inner) if k % 2 or place.slice < 1 else (place.outer, target.outer)
         assert source is not None
         assert drawn is not None
         rings = (
@@ -194,7 +194,7 @@ def repeated(at: Ground) -> None:
         at.redraw(target, drawn, *rings)
         at.mark(True, (target, drawn), severity="error")
         # In another heart it may happen to fit as well: then nothing decides.
-        at.mark(True, (place, source), severity="info" if place.slice < 2 else None)
+        at.mark(True, (place, source), severity="info" if place.slice < 1 else None)
     for study in few:
         left = [study.places[1, 0], study.places[5, 3]]
         for place in study:
@@ -234,7 +234,7 @@ def shift(at: Ground) -> None:
         scores = np.array(fit(at.archive.rng, (distance, 0.0), noise=0))
         return float(scores.max() - scores[40])
 
-    little = most(better, gain * 0.9, 2.0)
+    little = most(better, gain * 0.8, 2.0)
     tops = [(-1.0, -1.0), (0.5, 0.5), (-0.5, -0.5), (1.0, 0.0), (0.0, -1.5)]
     for bad, k, study in at.both():
         at.run("INSERT INTO root (name, url) VALUES (%s, %s)", f"heart{study.study}", f"/nowhere/heart{study.study}")

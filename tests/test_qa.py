@@ -402,8 +402,7 @@ def test_what_is_changed_during_a_run_is_looked_at_next(db: database.Database, c
     with psycopg.connect(db.conninfo) as slow:
         measured(slow, {1: 150.0})
         measured(conn, {17: 150.0})  # touched after it, committed before it
-        assert run(db, changed=True).results[0].raised == 1
-        slow.commit()
+        assert run(db, changed=True, progress=lambda done, total: slow.commit()).results[0].raised == 1
     assert run(db, changed=True).results[0].raised == 1
     assert [row[0] for row in found(conn)] == [17, 1]
 
@@ -428,7 +427,7 @@ def of(alias: str) -> str:
 
 CHANGES = [
     "UPDATE pairing SET state = (ARRAY['accepted', 'proposed', 'rejected'])[1 + %(n)s %% 3] WHERE id = %(pairing)s",
-    "DELETE FROM pairing WHERE id = %(pairing)s",
+    "DELETE FROM pairing p WHERE id = %(pairing)s AND NOT EXISTS (SELECT FROM flag WHERE pairing_id = p.id)",
     "UPDATE mask SET bits = set_byte(bits, 0, %(n)s) WHERE pairing_id = %(pairing)s",
     "UPDATE shape SET components = 1 + %(n)s %% 4, holes = %(n)s %% 3, border_px = %(n)s %% 2 * 20, self_crossings = %(n)s %% 2, "
     "points_outside = %(n)s %% 3, largest_px = %(n)s WHERE pairing_id = %(pairing)s",

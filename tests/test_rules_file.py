@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def test_truncated_and_without_decoder(archive: Archive) -> None:
 def test_pixel_length(archive: Archive) -> None:
     """Surplus bytes are counted a series; not the byte that makes a length even, nor a surplus up to the parameter."""
     assert archive.found("FILE-PIXEL-LENGTH") == {}
-    odd = dict(Rows=31, Columns=31, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0)
+    odd = {"Rows": 31, "Columns": 31, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelRepresentation": 0}
     archive.edit(1, 2, **odd, PixelData=bytes(31 * 31 + 1))
     assert archive.found("FILE-PIXEL-LENGTH") == {}
     archive.edit(1, 2, **odd, PixelData=bytes(31 * 31 + 3))

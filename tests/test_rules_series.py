@@ -60,9 +60,7 @@ def test_clean(code: str, find: Find) -> None:
 @pytest.mark.parametrize("code", RULES)
 def test_not_measured_or_placed(code: str, ingested: str, conn: Conn) -> None:
     """Without measurements and geometry nothing is found either, and rules that need them say how much they left out."""
-    conn.execute(
-        "UPDATE image SET image_position = NULL, image_orientation = NULL, position = NULL, row_spacing = NULL, pixel_hash = NULL"
-    )
+    conn.execute("UPDATE image SET image_position = NULL, image_orientation = NULL, position = NULL, row_spacing = NULL, pixel_hash = NULL")
     conn.execute("UPDATE instance SET instance_number = NULL, images_in_acquisition = NULL")
     with database.open_database(ingested) as db:
         result = qa.run(db, rules=[rulefiles.load()[code]]).results[0] if rulefiles.load()[code].query else None
@@ -97,7 +95,7 @@ def test_orientation(find: Find, conn: Conn) -> None:
     assert find("SERIES-ORIENTATION")[SERIES][2] == "warning"
 
 
-PLANES = ([1.0, 0, 0, 0, 1, 0], [0.0, 1, 0, 0, 0, -1], [1.0, 0, 0, 0, 0, -1])
+PLANES = ([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0, -1.0], [1.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 
 
 def test_size(find: Find, conn: Conn) -> None:
@@ -131,7 +129,7 @@ def test_orthonormal(find: Find, conn: Conn) -> None:
         ([0, 0, 0, 0, 1, 0], True),
         ([1.0, 0, 0, 0, 1, 0], False),
     ):
-        conn.execute("UPDATE image SET image_orientation = %s::float8[] WHERE id = %s", [orientation, one])
+        conn.execute("UPDATE image SET image_orientation = %s::float8[] WHERE id = %s", [[float(value) for value in orientation], one])
         assert (SERIES in find("SERIES-ORTHONORMAL")) == wrong
 
 
@@ -166,7 +164,9 @@ def test_multiframe_is_left_out(find: Find, conn: Conn) -> None:
 def test_gap(find: Find, conn: Conn) -> None:
     """A missing slice and uneven distances are found from the threshold on, whatever the numbers are; decreasing numbers change nothing."""
     conn.execute("UPDATE instance SET instance_number = 100 - instance_number")
-    (top,) = conn.execute("SELECT max(position) FROM image i JOIN instance n ON n.id = i.instance_id WHERE series_id = 1").fetchone() or (0,)
+    (top,) = conn.execute("SELECT max(position) FROM image i JOIN instance n ON n.id = i.instance_id WHERE series_id = 1").fetchone() or (
+        0,
+    )
     move = "UPDATE image i SET position = %s FROM instance n WHERE n.id = i.instance_id AND n.series_id = 1 AND abs(i.position - %s) < 1e-6"
     conn.execute(move, [top + 0.99, top])
     assert find("SERIES-GAP") == {}

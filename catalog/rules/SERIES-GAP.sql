@@ -9,7 +9,8 @@
 -- parameter most: 0.1 of the usual distance; how far a distance may be off it
 -- parameter same: 0.01 mm; positions that differ by no more are one slice
 WITH places AS (
-    SELECT n.series_id, CASE WHEN n.number_of_frames > 1 THEN n.id ELSE 0 END AS stack, i.position, min(i.image_orientation) AS o
+    SELECT n.series_id, CASE WHEN n.number_of_frames > 1 THEN n.id ELSE 0 END AS stack, i.position, min(i.image_orientation) AS a,
+           max(i.image_orientation) AS b
     FROM scope c JOIN instance n ON n.series_id = c.series_id JOIN image i ON i.instance_id = n.id
     JOIN location l ON l.image_id = i.id AND l.preferred
     WHERE i.position IS NOT NULL
@@ -17,8 +18,12 @@ WITH places AS (
 ), parallel AS (
     SELECT series_id, stack FROM places GROUP BY series_id, stack
     HAVING count(*) > 2
-       AND greatest(max(o[1]) - min(o[1]), max(o[2]) - min(o[2]), max(o[3]) - min(o[3]),
-                    max(o[4]) - min(o[4]), max(o[5]) - min(o[5]), max(o[6]) - min(o[6])) <= 0.01
+       AND greatest(max(greatest(a[1], b[1])) - min(least(a[1], b[1])),
+                    max(greatest(a[2], b[2])) - min(least(a[2], b[2])),
+                    max(greatest(a[3], b[3])) - min(least(a[3], b[3])),
+                    max(greatest(a[4], b[4])) - min(least(a[4], b[4])),
+                    max(greatest(a[5], b[5])) - min(least(a[5], b[5])),
+                    max(greatest(a[6], b[6])) - min(least(a[6], b[6]))) <= 0.01
 ), steps AS (
     SELECT series_id, stack, position, position - lag(position) OVER (PARTITION BY series_id, stack ORDER BY position) AS step
     FROM places JOIN parallel USING (series_id, stack)
