@@ -38,6 +38,7 @@ bench: $(VENV)/.bench ## feeding and ingesting, measured; installs torch
 	$(BIN)/python benchmarks/feed.py
 	$(BIN)/python benchmarks/guarantees.py
 	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python benchmarks/qa.py
 
 integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
 	$(BIN)/python -m pytest --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))

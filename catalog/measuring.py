@@ -26,7 +26,7 @@ from catalog import images
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError
 from catalog.ingest import LOCK_CLASS
-from catalog.nearness import BLOCKS, near_hash
+from catalog.nearness import near_hash
 from catalog.reading import Progress, processes
 
 IMAGES_PER_TASK = 64
@@ -42,11 +42,11 @@ NOT_THE_FILE = ("changed", "missing", "no-access", "no-decoder", "cache-limit", 
 
 # An image whose file was found unreadable is looked at again once that flag is closed: by an ingest of another file, or by a person.
 # One that was measured before there were near hashes is measured once more, if it can have one (`nearness.near_hash`).
-UNMEASURED = f"""
+UNMEASURED = """
 FROM image i JOIN location l ON l.image_id = i.id AND l.preferred JOIN file f ON f.id = l.file_id AND f.state = 'present'
 JOIN root r ON r.id = f.root_id
 WHERE i.id > %(after)s AND (i.pixel_hash IS NULL OR NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id AND (
-    m.near_hash IS NOT NULL OR m.minimum >= m.maximum OR m.nans > 0 OR least(i.rows, i.columns) < {BLOCKS}))) AND NOT EXISTS (
+    m.near_hash IS NOT NULL OR m.minimum >= m.maximum OR m.nans > 0 OR least(i.rows, i.columns) < 32))) AND NOT EXISTS (
     SELECT FROM flag g WHERE g.file_id = f.id AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE'))
 """
 COUNT = f"SELECT count(*) {UNMEASURED}"

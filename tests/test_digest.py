@@ -78,7 +78,7 @@ def test_stopped_and_gone_on(three: Path, new_database: Callable[..., str], take
         pass
 
     def stop(done: int, total: int) -> None:
-        if done > 40:
+        if done > 25:
             raise StopHereError
 
     for _ in range(2):

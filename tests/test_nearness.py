@@ -112,7 +112,7 @@ def test_types_and_shapes(dtype: str, rows: int, columns: int, seed: int) -> Non
 
 
 def test_colour_and_slope() -> None:
-    """Of several samples a pixel their sum counts; a negative slope is that of the inverted image; halving in size changes next to nothing."""
+    """Of several samples a pixel their sum counts; a negative slope inverts the image; halving its size changes next to nothing."""
     values = picture(7, 128, 128)
     assert near_hash(np.stack([values] * 3, axis=-1)) == near_hash(values)
     assert near_hash(values, -0.5) == near_hash(-values.astype(np.int32))

@@ -17,14 +17,16 @@ WITH hashed AS MATERIALIZED (
     JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
     WHERE m.near_hash <> 0
 ), hashes AS MATERIALIZED (
-    SELECT hash, min(patient) AS first, max(patient) AS last FROM (SELECT DISTINCT hash, patient FROM hashed) AS d
+    SELECT hash, min(patient) AS first, max(patient) AS last FROM (SELECT DISTINCT hash, patient FROM hashed ORDER BY hash OFFSET 0) AS d
     GROUP BY hash HAVING count(*) <= :patients
 ), masks (mask) AS (
-    -- Two hashes that differ in two bits share two of their four quarters: one of six halves.
+    -- Two hashes that differ in two bits share two of their four quarters: one of six halves. Sorted, as what is planned for want of
+    -- statistics, a table of few groups in memory, spills to disk again and again.
     VALUES (-4294967296), (-281470681808896), (-281474976645121), (281474976645120), (281470681808895), (4294967295)
 ), shared AS MATERIALIZED (
     SELECT m.mask, s.half FROM masks m CROSS JOIN LATERAL (
-        SELECT h.hash & m.mask AS half FROM hashes h GROUP BY 1 HAVING min(h.first) < max(h.last) AND count(*) BETWEEN 2 AND :crowd) s
+        SELECT half FROM (SELECT hash & m.mask AS half, first, last FROM hashes ORDER BY 1 OFFSET 0) AS h
+        GROUP BY half HAVING min(first) < max(last) AND count(*) BETWEEN 2 AND :crowd) s
 ), members AS MATERIALIZED (
     -- IS TRUE keeps it from being planned as a join, which, for want of statistics, would be a loop over all pairs.
     SELECT m.mask, h.hash & m.mask AS half, h.* FROM masks m CROSS JOIN hashes h
@@ -62,5 +64,5 @@ UNION ALL
 SELECT coalesce(sum(s.hashes), 0), 'near hashes that share half of their bits with too many' FROM (
     VALUES (-4294967296), (-281470681808896), (-281474976645121), (281474976645120), (281470681808895), (4294967295)) AS m (mask)
 CROSS JOIN LATERAL (
-    SELECT count(*) AS hashes FROM (SELECT DISTINCT near_hash AS hash FROM measure WHERE near_hash <> 0) AS h
-    GROUP BY h.hash & m.mask HAVING count(*) > :crowd) AS s
+    SELECT count(*) AS hashes FROM (SELECT DISTINCT near_hash & m.mask AS half, near_hash FROM measure WHERE near_hash <> 0 ORDER BY 1 OFFSET 0) AS h
+    GROUP BY half HAVING count(*) > :crowd) AS s
