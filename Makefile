@@ -1,4 +1,4 @@
-# make alone says what there is. Variables: PYTHON (3.11 or newer), VENV (.venv), DATA (a folder for the demo),
+# make alone says what there is. Variables: PYTHON (3.11 or newer), VENV (.venv), DATA (a folder for the demo), WORKERS (tests at a time),
 # POSTGRES_IMAGE (what integration starts).
 VENV ?= .venv
 DATA ?=
@@ -10,7 +10,10 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.tom
 NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py shares.py \
 	synthetic.py overlay.py ring.py isolation.py access.py header.py manifest.py rtstruct.py seg.py geometry.py nifti.py idx.py cache.py \
 	raster.py table.py pattern.py layout_sunnybrook.py measure.py all_files.py layouts.py executors.py remote.py ingest_scale.py \
-	crashes.py top.py readme.py))
+	crashes.py top.py readme.py nearness.py shapes.py rulefiles.py gallery.py plots.py qa_docs.py rules_mask.py shift.py))
+# Tests wait for processes more than they compute. A file's tests stay in one process, as they share what it made.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint soak bench integration lock clean
@@ -24,7 +27,7 @@ demo: $(VENV)/.runtime ## from a folder of studies to batches; DATA=FOLDER takes
 	$(BIN)/python examples/demo.py $(DATA)
 
 test: $(VENV)/.dev lint ## style, types, tests on the embedded PostgreSQL
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -41,7 +44,7 @@ bench: $(VENV)/.bench ## feeding and ingesting, measured; installs torch
 	$(BIN)/python benchmarks/qa.py
 
 integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
-	$(BIN)/python -m pytest --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
+	$(PYTEST) --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
 
 lock: $(BIN)/python ## write the lock files anew, with the newest versions
 	$(BIN)/pip install --quiet uv
