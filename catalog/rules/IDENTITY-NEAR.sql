@@ -49,16 +49,15 @@ WHERE o.pixel_hash IS DISTINCT FROM h.pixel_hash
 ORDER BY h.id, e.bits, o.id
 
 -- not evaluated
-SELECT count(*), 'images without a near hash: not measured, constant, or under 32 px'
-FROM image i JOIN location l ON l.image_id = i.id AND l.preferred LEFT JOIN measure m ON m.image_id = i.id
-WHERE coalesce(m.near_hash, 0) = 0
+SELECT count(*) FILTER (WHERE coalesce(m.near_hash, 0) = 0), 'images without a near hash: not measured, constant, or under 32 px'
+FROM location l LEFT JOIN measure m ON m.image_id = l.image_id WHERE l.preferred
 UNION ALL
 SELECT coalesce(sum(images), 0), 'images whose near hash is that of too many patients' FROM (
     SELECT sum(images) AS images FROM (
         SELECT m.near_hash AS hash, st.patient_id, count(*) AS images
         FROM measure m JOIN image i ON i.id = m.image_id JOIN location l ON l.image_id = i.id AND l.preferred
         JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
-        WHERE m.near_hash <> 0 GROUP BY 1, 2) AS d
+        WHERE m.near_hash IN (SELECT near_hash FROM measure WHERE near_hash <> 0 GROUP BY 1 HAVING count(*) > :patients) GROUP BY 1, 2) AS d
     GROUP BY hash HAVING count(*) > :patients) AS many
 UNION ALL
 SELECT coalesce(sum(s.hashes), 0), 'near hashes that share half of their bits with too many' FROM (
