@@ -224,7 +224,7 @@ def test_views_keep_their_slot_and_no_longer(ingested: str) -> None:
 
 def test_holding_all_slots_says_so(ingested: str) -> None:
     """A trainer that keeps every batch gets an error that says that it holds all slots, and goes on once it drops them."""
-    with Feed(structures=["inner"], batch_size=2, slots=3, timeout_s=0.5) as feed:
+    with Feed(structures=["inner"], batch_size=2, slots=3, timeout_s=3) as feed:
         held = []
         iterator = feed.epoch()
         with pytest.raises(FeedError, match=r"holds all 3 slots.*slots="):

@@ -394,8 +394,8 @@ def test_script_without_a_main_guard(study: Path, database_url: str, tmp_path: P
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, str(script), str(study)], capture_output=True, text=True, timeout=60, cwd="/", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == ["began", "24"]
-    assert ask(conn, "SELECT count(*) FROM image") == [(24,)]
+    assert done.stdout.split() == ["began", "6"]
+    assert ask(conn, "SELECT count(*) FROM image") == [(6,)]
 
 
 # ------------------------------------------------------------------------------------------------ fuzzing

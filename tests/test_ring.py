@@ -138,7 +138,7 @@ def test_a_strange_client_harms_nobody(ingested: str, loaderd: Callable[..., obj
 
     with Feed(structures=["inner"], batch_size=2) as feed:
         with database.open_database(ingested) as db:
-            path = messages.socket_path(db.identity())
+            address = messages.Address(messages.socket_path(db.identity()))
         strange = [
             b"\x80\x04N.", b"[]", b"{}", b"\x01", b"\x04" + bytes(16),
             b"\x02" + bytes(40), b"{", b'{"op":"next"}', b'{"op":"epoch","epoch":0}', b'{"op":"attach"}', b'{"op":"bye"}',
@@ -148,14 +148,14 @@ def test_a_strange_client_harms_nobody(ingested: str, loaderd: Callable[..., obj
         ]  # fmt: skip
         for data in strange:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-                sock.connect(str(path))
+                sock.connect(address.name)
                 sock.settimeout(5)
                 sock.send(data)
                 answer = sock.recv(messages.LIMIT)
                 assert json.loads(answer)["op"] == "error", (data, answer)
                 assert sock.recv(10) == b""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.connect(str(path))
+            sock.connect(address.name)
             sock.send(json.dumps({"op": "attach", "protocol": 999, "version": "9"}).encode())
             assert "protocol 999" in json.loads(sock.recv(messages.LIMIT))["message"]
         attaching = {"definition": {}, "rank": 0, "num_ranks": 1, "versions": {}}
@@ -168,7 +168,7 @@ def test_a_strange_client_harms_nobody(ingested: str, loaderd: Callable[..., obj
             b"\x02",
         ):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-                sock.connect(str(path))
+                sock.connect(address.name)
                 sock.settimeout(10)
                 sock.send(json.dumps({"op": "attach", "protocol": messages.PROTOCOL, **attaching}).encode())
                 reply, fds = messages.receive_fds(sock)
@@ -180,7 +180,7 @@ def test_a_strange_client_harms_nobody(ingested: str, loaderd: Callable[..., obj
                 assert json.loads(sock.recv(messages.LIMIT))["op"] == "error", data
         many = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(300)]
         for sock in many:
-            sock.connect(str(path))
+            sock.connect(address.name)
         assert sum(len(batch) for batch in feed.epoch()) == feed.num_samples
         for sock in many:
             sock.close()
