@@ -31,7 +31,7 @@ from catalog.layouts import Annotation, Entry, Image
 from catalog.records import Drawn, Frame, Instance, polygon
 
 FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own work a task is little beside reading them
-TASKS_AT_ONCE = 128  # what is read while the writer writes 5,000 files: with 16, the readers waited for half of that time
+TASKS_AT_ONCE = 128  # 4,096 files: about what is read while the writer writes 5,000; with 512 the readers ran out of work
 LONGEST_UID = 1_000  # characters; far beyond PS3.5 9.1, since UIDs are kept as found, and within what PostgreSQL indexes
 LONGEST_MM = 1e9
 # After that the alarm ends the process, and the file is refused as one that kills its reader: a decoder in C may look for ever for the end
