@@ -7,18 +7,18 @@
     -- column root: what each column is, in the view's order
     SELECT r.name AS root, … FROM …
 
-They are views of the database, so that any client reads them, with what they say as comments. The migration that installs them reads a
-copy of its own, `migrations/versions/0005_audits.sql`: a migration must do tomorrow what it did today, and these files must be free to
-change. Installing them from here after each migration would be shorter, and would leave a catalog whose schema is said to be 0005 with
-views of any age. A test holds the installed views and these files together. To change one: a new migration with what
-``python -m catalog.auditing`` prints.
+They are views of the database, so that any client reads them, with what they say as comments. A migration that installs some reads a
+copy of its own, such as `migrations/versions/0005_audits.sql`: a migration must do tomorrow what it did today, and these files must be
+free to change. Installing them from here after each migration would be shorter, and would leave a catalog whose schema is said to be 0005
+with views of any age. A test holds the installed views and these files together. To add or change one: a new migration with what
+``python -m catalog.auditing NAME`` prints.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,9 @@ def chosen(name: str) -> Audit:
     return audits[name]
 
 
-def statements() -> Iterator[str]:
-    """Give the statements that install the audits, for a migration."""
-    for audit in load().values():
+def statements(names: Sequence[str] = ()) -> Iterator[str]:
+    """Give the statements that install audits, all or those of these names, for a migration."""
+    for audit in map(chosen, names or load()):
         yield f"CREATE VIEW {audit.name} AS\n{audit.query}"
         title = audit.title + (": must be empty." if audit.must_be_empty else ".")
         yield f"COMMENT ON VIEW {audit.name} IS {_quoted(f'{title} {audit.means}')}"
@@ -132,4 +132,4 @@ def _quoted(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(";\n\n".join(statements()) + ";\n")
+    sys.stdout.write(";\n\n".join(statements(sys.argv[1:])) + ";\n")

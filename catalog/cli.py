@@ -16,9 +16,14 @@ import typer
 from catalog import cli_audit, cli_pictures, flags
 from catalog.cli_annotations import annotations_app
 from catalog.cli_decide import pair_app, patient_app
+from catalog.cli_export import export
 from catalog.cli_flags import flag_app
+from catalog.cli_interpolate import interpolate
 from catalog.cli_keep import RunNumber, root_app, runs_app
 from catalog.cli_qa import qa_app
+from catalog.cli_snapshot import snapshot_app
+from catalog.cli_split import split_app
+from catalog.cli_threshold import threshold
 from catalog.database import Database, open_database, schema_version, upgrade
 from catalog.errors import CatalogError, UsageError
 from catalog.output import AsJson, DatabaseUrl, number, plural, print_json, print_table, progress, say
@@ -33,7 +38,9 @@ app.add_typer(qa_app, name="qa")
 cli_pictures.register(app)
 app.add_typer(annotations_app, name="annotations")
 app.add_typer(cli_audit.db_app, name="db")
-for command in (cli_audit.audit, cli_audit.schema, cli_audit.sql):
+app.add_typer(split_app, name="split")
+app.add_typer(snapshot_app, name="snapshot")
+for command in (cli_audit.audit, cli_audit.schema, cli_audit.sql, export, interpolate, threshold):
     app.command()(command)
 _print_table = print_table  # loaderd.cli imports it by this name
 

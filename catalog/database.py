@@ -36,7 +36,7 @@ from catalog.errors import CatalogError, DatabaseError, DriftError, UsageError
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-SCHEMA_VERSION = "0005"  # the newest revision under migrations/versions; a test holds them equal
+SCHEMA_VERSION = "0006"  # the newest revision under migrations/versions; a test holds them equal
 OLDEST_SERVER = 15  # NULLS NOT DISTINCT (unique rows with missing values) came with 15
 SQL_TIMEOUT_S = 60
 EMBEDDED_DATABASE = "catalog"
@@ -333,6 +333,12 @@ def make_sql_login(conn: psycopg.Connection[tuple[Any, ...]]) -> tuple[str, str]
     conn.execute(sql.SQL("REVOKE ALL ON sql_login FROM {}").format(name))
     conn.commit()
     return role, password
+
+
+def private_schema(conn: psycopg.Connection[Any]) -> str:
+    """Return the schema, quoted, that says where the files of a pseudonymized catalog lie: beside the catalog's own."""
+    query = "SELECT quote_ident(CASE current_schema() WHEN 'public' THEN 'private' ELSE current_schema() || '_private' END)"
+    return str((conn.execute(query).fetchone() or ("private",))[0])
 
 
 def explain(error: psycopg.Error, database: Database) -> CatalogError:

@@ -21,10 +21,11 @@ from catalog import viewing
 from catalog.canvas import Colour, colours_of, windowed
 from catalog.contours import BoolArray, FloatArray
 from catalog.database import Database, explain
-from catalog.errors import FileError, UsageError
+from catalog.errors import FileError
 from catalog.marks import Drawn, placed_rings
 from catalog.overlay import panes
 from catalog.reading import Progress
+from catalog.selection import checked
 from catalog.viewing import FLAGGED, View
 from catalog.workers import mapped
 
@@ -125,30 +126,6 @@ def choose(database: Database, *, where: str | None, sample: int | None, seed: i
         except psycopg.Error as error:
             raise explain(error, database) from error
     return Chosen([row[0] for row in rows], rows[0][1] if rows else 0, rows[0][2] if rows else 0)
-
-
-def checked(conn: psycopg.Connection[Any], where: str | None, view: str) -> list[sql.Composable]:
-    """Return a user's condition as SQL, an empty list for None.
-
-    It is one boolean expression: between brackets and between CASE and END it must parse both times, each time as a prepared statement,
-    which is one statement. Text that closes a bracket to say more fails in one of them. (loaderd checks its `where` the same way.)
-
-    Raises:
-        UsageError: If it is none.
-    """
-    if where is None:
-        return []
-    text = where.replace("%", "%%")
-    for before, after in (("(", "\n)"), ("CASE WHEN ", "\nTHEN true END")):
-        try:
-            query = sql.SQL("SELECT 1 FROM {} WHERE {} LIMIT 0").format(sql.Identifier(view), _text(before + text + after))
-            conn.execute(query, {}, prepare=True)
-        except psycopg.Error as error:
-            conn.rollback()
-            reason = (error.diag.message_primary or str(error)).splitlines()[0]
-            raise UsageError(f"--where: {reason}; it must be an SQL condition over the view {view}") from error
-    conn.rollback()
-    return [_text("(" + text + "\n)")]  # the newline ends a comment that the text may end with
 
 
 def cards(database: Database, ids: Sequence[int]) -> tuple[list[Card], dict[str, set[str]]]:

@@ -19,9 +19,10 @@ from catalog.canvas import colours_of
 from catalog.contours import BoolArray
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError, UsageError
-from catalog.gallery import WHERE, checked
+from catalog.gallery import WHERE
 from catalog.lettering import one_line
 from catalog.reading import Progress
+from catalog.selection import checked
 from catalog.viewing import View
 from catalog.workers import mapped
 

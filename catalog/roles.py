@@ -16,14 +16,14 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from catalog.database import Database, explain
+from catalog.database import Database, explain, private_schema
 from catalog.errors import DatabaseError
 
 SAYS = {
     "owner": "all but the event log: also undoing ingests, erasing patients, pruning",
     "ingest": "ingest and measure",
-    "review": "decide pairings and flags, correct annotations, run rules and set them",
-    "train": "feed: streams, runs, orders, the ledger; flags of what cannot be read",
+    "review": "decide pairings and flags, correct and derive annotations, run rules and set them",
+    "train": "feed: splits, snapshots, streams, runs, orders, the ledger; flags of what cannot be read",
     "audit": "read everything, change nothing",
 }
 TEMPORARY = ("owner", "ingest", "review")  # who stages rows in temporary tables
@@ -36,22 +36,25 @@ WRITES: dict[str, dict[str, tuple[str, ...]]] = {
         CHANGE: ("root", "ingest_run", "ingest_error", "file", "patient", "study", "series", "instance", "image", "measure", "reader",
                  "structure", "annotation", "pairing", "flag"),
         WRITE: ("location", "mask", "shape", "overlap", "edge_fit"),
+        ADD: ("pseudonymization",),
     },
     "review": {
-        CHANGE: ("pairing", "flag", "annotation", "qa_run", "qa_result"),
+        CHANGE: ("pairing", "flag", "annotation", "reader", "derivation", "qa_run", "qa_result"),
         WRITE: ("mask", "shape", "overlap", "edge_fit", "relation", "rule_setting"),
         "INSERT, UPDATE, DELETE, TRUNCATE": ("scope",),
         "DELETE": ("touched",),
     },
     "train": {
-        WRITE: ("stream", "run", "run_note", "attempt", "consumer", "epoch", "epoch_order", "ledger"),
-        ADD: ("flag",),
+        WRITE: ("stream", "run", "run_note", "attempt", "consumer", "epoch", "epoch_order", "ledger", "split", "split_patient"),
+        ADD: ("flag", "snapshot", "snapshot_sample", "snapshot_mask"),
         "UPDATE (size, mtime_ns)": ("file",),  # a file that was copied, and is the same
         "UPDATE (byte_offset)": ("location",),
     },
     "audit": {},
 }  # fmt: skip
 NOT_OWNERS = (SECRET, "event", "alembic_version")
+# Where files of a pseudonymized catalog lie: for the owner, who ingests, and the daemon, which reads them.
+PRIVATE = {"owner": "SELECT, INSERT, UPDATE, DELETE", "ingest": "SELECT, INSERT, UPDATE", "train": "SELECT"}
 # Before 16 PostgreSQL lets everybody make large objects, and even after that in a session that is not read-only.
 LARGE_OBJECTS = ("lo_create(oid)", "lo_creat(integer)", "lo_from_bytea(oid, bytea)")
 
@@ -129,11 +132,13 @@ def _grants(conn: psycopg.Connection[Any], names: dict[str, str], *, made: bool)
         "SELECT current_schema(), current_database(), (SELECT rolsuper FROM pg_roles WHERE rolname = current_user), "
         "pg_has_role((SELECT datdba FROM pg_database WHERE datname = current_database()), 'USAGE'), "
         "EXISTS (SELECT FROM pg_class WHERE relkind = 'r' AND relnamespace <> current_schema()::regnamespace "
-        "AND relnamespace::regnamespace::text !~ '^(pg_|information_schema)')"
+        "AND relnamespace <> %s::text::regnamespace AND relnamespace::regnamespace::text !~ '^(pg_|information_schema)')",
+        [private_schema(conn)],
     ).fetchone()
     assert row is not None
     schema, database = sql.Identifier(row[0]), sql.Identifier(row[1])
     is_superuser, owns_database, others = row[2:]
+    private = _constant(private_schema(conn))
     tables = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace ORDER BY 1"
     there = [name for (name,) in conn.execute(tables.encode())]
     for group, name in names.items():
@@ -150,6 +155,10 @@ def _grants(conn: psycopg.Connection[Any], names: dict[str, str], *, made: bool)
         for rights, on in writes.items():
             listed = sql.SQL(", ").join(sql.SQL("{}.{}").format(schema, sql.Identifier(table)) for table in on)
             yield sql.SQL("GRANT {} ON {} TO {}").format(_constant(rights), listed, role)
+        yield sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}").format(private, role)
+        if group in PRIVATE:
+            yield sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(private, role)
+            yield sql.SQL("GRANT {} ON ALL TABLES IN SCHEMA {} TO {}").format(_constant(PRIVATE[group]), private, role)
         if group in TEMPORARY and owns_database:
             yield sql.SQL("GRANT TEMPORARY ON DATABASE {} TO {}").format(database, role)
     # In a database that others use as well these are theirs to decide.

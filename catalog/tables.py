@@ -16,6 +16,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Identity,
     Index,
     Integer,
@@ -579,7 +580,12 @@ event = Table(
     _id(),
     _now("at", "When."),
     Column("actor", Text, nullable=False, comment="Who: a person, ingest, qa, loaderd, layout:NAME."),
-    Column("subject", Text, nullable=False, comment="The table of what changed: flag, pairing, annotation, rule_setting, relation."),
+    Column(
+        "subject",
+        Text,
+        nullable=False,
+        comment="The table of what changed: flag, pairing, annotation, rule_setting, relation, split_patient.",
+    ),
     Column("subject_id", BigInteger, comment="Its id there."),
     Column("action", Text, nullable=False, comment="insert, update or delete."),
     Column("before", JSONB, comment="What changed, as it was."),
@@ -588,6 +594,122 @@ event = Table(
     Column("login", Text, nullable=False, server_default=text("SESSION_USER"), comment="Login of the database under which it was done."),
     Index("ix_event_subject", "subject", "subject_id"),
     comment="Who decided what, when and why. Rows are never changed or deleted: the database refuses.",
+)
+
+# ------------------------------------------------------------------------------------------ labels that are derived
+
+derivation = Table(
+    "derivation",
+    metadata,
+    Column(
+        "annotation_id",
+        BigInteger,
+        ForeignKey("annotation.id", ondelete="CASCADE"),
+        primary_key=True,
+        comment="What was derived: a segment of origin interpolated or proposed, in the file of its first parent.",
+    ),
+    Column("method", Text, nullable=False, comment="How: shape, linear, nearest (interpolated); otsu, kmeans, edges (proposed)."),
+    Column("along", Text, comment="slices: its parents lie on both sides in space; phases: before and after in time. NULL: proposed."),
+    _ref("first_id", "annotation", "The annotation that it was made from; of two the one of smaller position or time.", cascade=True),
+    _ref("second_id", "annotation", "The other one; NULL: proposed.", nullable=True, cascade=True),
+    Column("fraction", Double, comment="Where it lies between its parents: 0 is the first, 1 the second."),
+    Column("gap", Double, comment="From the first to the second: mm along the slice normal, or ms of trigger time."),
+    Column("parameters", JSONB, nullable=False, server_default="{}", comment="What else the method was told, or found."),
+    Column("program_version", Text, nullable=False, comment="Version of scanfeed."),
+    Column("actor", Text, nullable=False, comment="Who asked for it."),
+    _now("at", "When."),
+    CheckConstraint("along IN ('slices', 'phases')", name="along"),
+    CheckConstraint("num_nonnulls(along, second_id, fraction, gap) IN (0, 4)", name="between"),
+    CheckConstraint("fraction > 0 AND fraction < 1 AND gap > 0", name="inside"),
+    comment="Where a label came from that nobody drew. When a parent is rejected or replaced, so is what was made from it.",
+)
+
+# ------------------------------------------------------------------------------------------ splits and snapshots
+
+split = Table(
+    "split",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True, comment="Its name."),
+    Column("parts", ARRAY(Text), nullable=False, comment="Its parts: train, val, test."),
+    Column("ratios", ARRAY(Double), comment="Share of the patients that each part is to have; sum 1. NULL: imported."),
+    Column("folds", Integer, comment="Folds over all parts but test; NULL: none."),
+    Column("stratify", Text, comment="Expression over view sample whose most frequent value is a patient's stratum."),
+    Column("seed", BigInteger, comment="Decides who comes where. NULL: imported."),
+    Column("actor", Text, nullable=False, comment="Who made it."),
+    _now("created_at", "When."),
+    Column("frozen_by", Text, comment="Who froze it."),
+    Column("frozen_at", DateTime(timezone=True), comment="When: from then on nobody comes to it, moves or goes, but who is erased."),
+    CheckConstraint("name <> '' AND name !~ '[/:]'", name="name"),
+    CheckConstraint("cardinality(parts) >= 1 AND cardinality(ratios) = cardinality(parts)", name="parts"),
+    CheckConstraint("folds >= 2", name="folds"),
+    CheckConstraint("num_nonnulls(frozen_by, frozen_at) IN (0, 2)", name="frozen"),
+    comment="Who is trained on and who is held out: a part for each patient.",
+)
+
+split_patient = Table(
+    "split_patient",
+    metadata,
+    # The key is what makes a patient on two sides impossible.
+    Column("split_id", BigInteger, ForeignKey("split.id", ondelete="CASCADE"), primary_key=True, comment="The split."),
+    Column("patient_id", BigInteger, ForeignKey("patient.id", ondelete="CASCADE"), primary_key=True, index=True, comment="The patient."),
+    Column("part", Text, nullable=False, comment="Its part."),
+    Column("fold", Integer, comment="Its fold, from 0; NULL: the split has none, or the part is test."),
+    Column("stratum", Text, comment="What it was stratified by, when it came in."),
+    _now("at", "When it came in."),
+    CheckConstraint("part <> '' AND part !~ '[/:]'", name="part"),
+    CheckConstraint("fold >= 0", name="fold"),
+    comment="In which part of a split a patient is. Patients that share pixels are in the same: the database refuses anything else.",
+)
+
+snapshot = Table(
+    "snapshot",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True, comment="Its name."),
+    Column("sha256", LargeBinary, nullable=False, comment="Digest of what its samples are, whatever their ids, paths and order."),
+    Column("structures", ARRAY(Text), nullable=False, comment="Structures (and labels) of which it has annotations, by name."),
+    Column("definition", JSONB, nullable=False, comment="How its samples were chosen: where, split, origins, …"),
+    Column("num_samples", BigInteger, nullable=False, comment="How many samples it has, erased ones too."),
+    Column("num_patients", BigInteger, nullable=False, comment="Of how many patients, when it was made."),
+    Column("program_version", Text, nullable=False, comment="Version of scanfeed."),
+    Column("actor", Text, nullable=False, comment="Who made it."),
+    _now("created_at", "When."),
+    CheckConstraint("name <> '' AND length(sha256) = 32 AND num_samples > 0", name="whole"),
+    comment="A frozen list of samples. Never changed or deleted: the database refuses.",
+)
+
+snapshot_sample = Table(
+    "snapshot_sample",
+    metadata,
+    Column("snapshot_id", BigInteger, ForeignKey("snapshot.id"), primary_key=True, comment="The snapshot."),
+    Column("number", BigInteger, primary_key=True, comment="From 0, by sample key as it was then."),
+    # No cascade: an image in a snapshot is not deleted, but by an erasure, which takes it out of here first.
+    Column("image_id", BigInteger, ForeignKey("image.id"), comment="The image; NULL: its patient was erased."),
+    Column("sample_key", Uuid, comment="The image's sample key when the snapshot was made; NULL: erased."),
+    Column("part", Text, comment="Its patient's part in the split; NULL: the snapshot has none."),
+    Column("fold", Integer, comment="And its fold."),
+    Column(
+        "sha256", LargeBinary, nullable=False, comment="Digest of the sample: pixels, masks, structures, part. Stays when it is erased."
+    ),
+    _ref("erasure_id", "erasure", "The erasure that took it out.", nullable=True, index=False),
+    Index("ix_snapshot_sample_image_id", "image_id", "snapshot_id", unique=True, postgresql_where=text("image_id IS NOT NULL")),
+    CheckConstraint("length(sha256) = 32 AND number >= 0", name="whole"),
+    CheckConstraint("num_nonnulls(image_id, sample_key) = CASE WHEN erasure_id IS NULL THEN 2 ELSE 0 END", name="erased"),
+    comment="A sample of a snapshot.",
+)
+
+snapshot_mask = Table(
+    "snapshot_mask",
+    metadata,
+    Column("snapshot_id", BigInteger, ForeignKey("snapshot.id"), primary_key=True, comment="The snapshot."),
+    Column("number", BigInteger, primary_key=True, comment="Which of its samples."),
+    Column("structure", Text, primary_key=True, comment="Structure or label."),
+    _ref("pairing_id", "pairing", "Annotation, image and mask."),
+    Column("sha256", LargeBinary, nullable=False, comment="Digest of the mask or label, its structure and origin."),
+    ForeignKeyConstraint(["snapshot_id", "number"], ["snapshot_sample.snapshot_id", "snapshot_sample.number"]),
+    CheckConstraint("length(sha256) = 32", name="whole"),
+    comment="What was drawn on a sample of a snapshot.",
 )
 
 # ------------------------------------------------------------------------------------------ feeding
@@ -758,6 +880,19 @@ erasure = Table(
     Column("image_ids", ARRAY(BigInteger), nullable=False, comment="image.id of what went: orders of epochs name them still."),
     CheckConstraint("length(patient_sha256) = 32 AND length(salt) >= 16", name="hashed"),
     comment="A patient whose rows were deleted. Nothing here says who it was.",
+)
+
+pseudonymization = Table(
+    "pseudonymization",
+    metadata,
+    Column("only", Boolean, primary_key=True, server_default="true", comment="There is one row, or none."),
+    Column("key_check", LargeBinary, nullable=False, comment="HMAC of a constant under the key: another key is noticed by it."),
+    Column("dates", Text, nullable=False, comment="shift: a patient's dates are moved by some days; drop: they are not kept."),
+    Column("actor", Text, nullable=False, comment="Who asked for it."),
+    _now("at", "When."),
+    CheckConstraint('"only"', name="only"),
+    CheckConstraint("dates IN ('shift', 'drop')", name="dates"),
+    comment="A row: this catalog holds keyed hashes of patients, UIDs and paths. The key is not here.",
 )
 
 sql_login = Table(

@@ -33,7 +33,7 @@ def new_empty(new_database: Callable[[], str]) -> Iterator[Callable[[], str]]:
     def make() -> str:
         made.append(new_database())
         with psycopg.connect(made[-1], autocommit=True) as conn:
-            conn.execute("DROP SCHEMA public CASCADE")
+            conn.execute("DROP SCHEMA public, private CASCADE")
             conn.execute("CREATE SCHEMA public")
         return made[-1]
 

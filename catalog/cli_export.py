@@ -1,0 +1,5 @@
+"""`catalog export`."""
+
+
+def export() -> None:
+    """Write a snapshot's samples."""

@@ -1,0 +1,5 @@
+"""`catalog interpolate`."""
+
+
+def interpolate() -> None:
+    """Make labels between labels."""

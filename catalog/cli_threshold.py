@@ -1,0 +1,5 @@
+"""`catalog threshold`."""
+
+
+def threshold() -> None:
+    """Propose labels by intensities."""
