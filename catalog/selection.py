@@ -15,7 +15,7 @@ from psycopg import sql
 
 from catalog.errors import UsageError
 
-DRAWN = ("contour", "segment", "label")  # origins of what somebody drew: the default
+DRAWN = ("contour", "label", "segment")  # origins of what somebody drew: the default
 ORIGINS = (*DRAWN, "interpolated", "proposed")
 NAME = r"[^/:\s](?:[^/:]*[^/:\s])?"  # of a split or a part
 

@@ -171,6 +171,14 @@ def stream_create(
     name: StreamName,
     database: DatabaseUrl = None,
     structure: Structures = None,
+    snapshot: Annotated[str | None, typer.Option(metavar="NAME", help="Feed a frozen list: catalog snapshot.", show_default=False)] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="[SPLIT/]PART[:FOLD]", help="Feed one side of a split: catalog split.", show_default=False)
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Labels of this origin: contour, segment, interpolated, proposed; again for more.", show_default=False),
+    ] = None,
     where: Where = None,
     limit: Annotated[int | None, typer.Option(help="Feed so many samples: those of the smallest keys.", show_default=False)] = None,
     include_flagged: Annotated[
@@ -196,7 +204,8 @@ def stream_create(
     from loaderd import named, orders
 
     options = {
-        "structures": structure, "where": where, "limit": limit, "include_flagged": include_flagged, "require": require,
+        "structures": structure, "snapshot": snapshot, "split": split, "origins": origin, "where": where, "limit": limit,
+        "include_flagged": include_flagged, "require": require,
         "batch_size": batch_size, "seed": seed, "shuffle": None if no_shuffle is None else not no_shuffle, "tail": tail, "dtype": dtype,
         "on_error": on_error,
     }  # fmt: skip
@@ -206,6 +215,7 @@ def stream_create(
     definition = named.from_toml(file) if file is not None else orders.Definition.from_json(given)
     with _database(database) as db:
         with db.read_only() as reading:
+            definition = orders.settled(reading, definition)
             orders.check_where(reading, definition)
             found = orders.shapes(reading, definition)
         with db.connect() as conn:

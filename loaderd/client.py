@@ -152,6 +152,12 @@ class Feed:
         stream: A named stream (`loaderd stream create`). Of the arguments down to `on_error` none is needed then, and one that is given
             and differs from the stream's is an error. Without it these arguments define an unnamed stream.
         structures: Names to feed masks of; none: images alone.
+        snapshot: The name of a frozen list (`catalog snapshot create`): its samples are fed whatever flags were raised since, but nothing
+            that was revoked or erased. `where`, `include_flagged` and `origins` choose anew and do not go with it.
+        split: A side of a split: ``"train"``, where there are several splits ``"mri/train"``; of a split with folds ``"train:2"`` (all
+            folds but 2) and ``"val:2"``. With `shuffle=False` a validation feed. Of a snapshot: the side as it was then.
+        origins: Which labels: by default what somebody drew, ``["contour", "segment", "label"]``. ``"interpolated"`` and ``"proposed"`` are
+            fed only where asked for, and only where nothing is drawn.
         where: An SQL condition over the view ``sample`` (without structures: ``image_all``); it runs under a login that cannot write.
         limit: At most so many samples, the first by sample_key.
         include_flagged: Feed also what open flags of severity error speak against. What was revoked is never fed.
@@ -187,6 +193,9 @@ class Feed:
         stream: str | None = None,
         *,
         structures: Sequence[str] = _UNSET,
+        snapshot: str | None = _UNSET,
+        split: str | None = _UNSET,
+        origins: Sequence[str] = _UNSET,
         where: str | None = _UNSET,
         limit: int | None = _UNSET,
         include_flagged: bool = _UNSET,
@@ -206,12 +215,14 @@ class Feed:
         progress: bool = False,
         database: str | None = None,
     ) -> None:
-        if isinstance(structures, str):
-            raise TypeError(f"structures={structures!r}: must be a list of names, such as [{structures!r}]")
+        for name, value in (("structures", structures), ("origins", origins)):
+            if isinstance(value, str):
+                raise TypeError(f"{name}={value!r}: must be a list of names, such as [{value!r}]")
         if sys.platform != "linux":
             raise FeedError("loaderd needs Linux: it feeds through a memfd; the catalog works here all the same")
         definition = {
-            "structures": structures, "where": where, "limit": limit, "include_flagged": include_flagged, "require": require,
+            "structures": structures, "snapshot": snapshot, "split": split, "origins": origins, "where": where, "limit": limit,
+            "include_flagged": include_flagged, "require": require,
             "batch_size": batch_size, "seed": seed, "shuffle": shuffle, "tail": tail, "dtype": dtype, "on_error": on_error,
         }  # fmt: skip
         self.rank, self.num_ranks = _ranks(rank, num_ranks)

@@ -448,7 +448,8 @@ class Daemon:
 def _shortened(definition: Message) -> Message:
     """Return a definition that alone fills a message, with what makes it long cut."""
     names = [_short(name) for name in definition["structures"][:8]]
-    return {**definition, "structures": names, "where": definition["where"] and _short(definition["where"])}
+    texts = {name: _short(definition[name]) for name in ("where", "split", "snapshot") if definition.get(name)}
+    return {**definition, "structures": names, **texts}
 
 
 def _checked(message: Message) -> int | None:

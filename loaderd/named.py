@@ -40,8 +40,9 @@ def create(conn: Connection, name: str, definition: Definition) -> int:
     """
     if not name.isprintable() or not name or name != name.strip():
         raise UsageError(f"stream {name!r}: a name is printable text without blanks around it")
-    if any("\0" in text or not _is_unicode(text) for text in (*definition.structures, definition.where or "")):
-        raise UsageError(f"stream {name!r}: the database cannot keep a NUL or half a character; see its structures and where")
+    texts = (*definition.structures, definition.where or "", definition.split or "", definition.snapshot or "")
+    if any("\0" in text or not _is_unicode(text) for text in texts):
+        raise UsageError(f"stream {name!r}: the database cannot keep a NUL or half a character; see its structures, names and where")
     while True:
         made = conn.execute(
             "INSERT INTO stream (name, definition, digest) VALUES (%s, %s, %s) ON CONFLICT (name) WHERE ended_at IS NULL DO NOTHING "
@@ -52,7 +53,7 @@ def create(conn: Connection, name: str, definition: Definition) -> int:
             return int(made[0])
         found = _look_up(conn, name)
         if found is not None:  # else it was ended in between
-            compare(name, found[1], definition.to_json())
+            compare(name, found[1], definition.whole())
             return found[0]
 
 
@@ -71,9 +72,9 @@ def find(conn: Connection, name: str) -> tuple[int, Definition]:
 def compare(name: str, stored: Definition, given: dict[str, Any]) -> None:
     """Raise UsageError if one of the given fields is not what is stored, showing each such field."""
     wanted = Definition.from_json(
-        {**stored.to_json(), **{field: list(value) if isinstance(value, tuple) else value for field, value in given.items()}}
+        {**stored.whole(), **{field: list(value) if isinstance(value, tuple) else value for field, value in given.items()}}
     )
-    was, now = stored.to_json(), wanted.to_json()
+    was, now = stored.whole(), wanted.whole()
     differing = [f"{field}: stored {_shown(was[field])}, given {_shown(now[field])}" for field in was if was[field] != now[field]]
     if differing:
         raise UsageError(
@@ -118,9 +119,10 @@ def from_toml(path: Path) -> Definition:
     fields = Definition.__dataclass_fields__
     if unknown := next((key for key in given if key not in fields), None):
         raise UsageError(f"{path}: {unknown!r} is no field of a stream; there are {', '.join(fields)}")
-    for key, kind, words in (("structures", list, "a list of names"), ("where", str, "a text")):
+    kinds = {list: "a list of names", str: "a text"}
+    for key, kind in (("structures", list), ("origins", list), ("where", str), ("split", str), ("snapshot", str)):
         if key in given and not isinstance(given[key], kind):
-            raise UsageError(f"{path}: {key}={given[key]!r}: must be {words}")
+            raise UsageError(f"{path}: {key}={given[key]!r}: must be {kinds[kind]}")
     try:
         return Definition.from_json(given)
     except UsageError as error:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, LiteralString
 
 import psycopg
@@ -25,6 +25,7 @@ from psycopg import IsolationLevel, sql
 
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
+from catalog.selection import DRAWN, ORIGINS, checked, conditions, known, on_side, side
 
 PART = 1_024  # positions a row of epoch_order
 FIRST = 4 * PART  # taken ahead by a top-N sort; whole parts
@@ -42,6 +43,9 @@ class Definition:
     """What a stream feeds. Everything that changes a batch's content is here, and nothing else."""
 
     structures: tuple[str, ...] = ()
+    snapshot: str | None = None
+    split: str | None = None
+    origins: tuple[str, ...] = DRAWN
     where: str | None = None
     limit: int | None = None
     include_flagged: bool = False
@@ -74,6 +78,20 @@ class Definition:
                 raise UsageError(f"{name}={getattr(self, name)!r}: must be true or false")
         if not all(isinstance(name, str) and name for name in self.structures) or len(set(self.structures)) != len(self.structures):
             raise UsageError(f"structures={list(self.structures)!r}: must be different names")
+        if not self.origins or not all(one in ORIGINS for one in self.origins) or len(set(self.origins)) != len(self.origins):
+            raise UsageError(f"origins={list(self.origins)!r}: must be different ones of {', '.join(map(repr, ORIGINS))}")
+        object.__setattr__(self, "origins", tuple(sorted(self.origins)))  # their order says nothing
+        if self.split is not None:
+            side(self.split)
+        if self.snapshot is not None:
+            # A snapshot is a frozen list: what chooses anew contradicts it.
+            for name, value in (("where", self.where), ("include_flagged", self.include_flagged or None), ("origins", self._origins())):
+                if value is not None:
+                    raise UsageError(f"{name}={value!r}: a snapshot's samples are chosen when it is made; leave {name}= out")
+
+    def _origins(self) -> list[str] | None:
+        """Return the origins if they are not the default, which then says nothing."""
+        return None if self.origins == DRAWN else list(self.origins)
 
     @classmethod
     def from_json(cls, given: object) -> Definition:
@@ -81,14 +99,23 @@ class Definition:
         names = set(cls.__dataclass_fields__)
         if not isinstance(given, dict) or not set(given) <= names:
             raise UsageError(f"a stream's definition has the fields {', '.join(sorted(names))}")
-        structures, where = given.get("structures", []), given.get("where")
-        if not isinstance(structures, list) or not (where is None or isinstance(where, str)):
-            raise UsageError("structures must be a list of names and where a text")
-        return cls(**{**given, "structures": tuple(structures)})
+        lists = {name: given[name] for name in ("structures", "origins") if name in given}
+        for name, value in lists.items():
+            if not isinstance(value, list):
+                raise UsageError(f"{name} must be a list of names")
+        for name in ("where", "split", "snapshot"):
+            if not (given.get(name) is None or isinstance(given[name], str)):
+                raise UsageError(f"{name} must be a text")
+        return cls(**{**given, **{name: tuple(value) for name, value in lists.items()}})
+
+    def whole(self) -> dict[str, Any]:
+        """Return all of its fields, as JSON has them."""
+        return {**self.__dict__, "structures": list(self.structures), "origins": list(self.origins)}
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON keeps it."""
-        return {**self.__dict__, "structures": list(self.structures)}
+        """Return it as JSON keeps it. What came with a later version is there only where it says something: digests stay as they were."""
+        found = {**self.whole(), "origins": self._origins()}
+        return {name: value for name, value in found.items() if value is not None or name not in ("snapshot", "split", "origins")}
 
     def digest(self) -> bytes:
         """Return sha256 of the definition as canonical JSON."""
@@ -134,57 +161,100 @@ class Plan:
             self._grew.notify_all()
 
 
+def settled(conn: Connection, definition: Definition) -> Definition:
+    """Return the definition with its split's name spelled out, after a look at what it names.
+
+    Raises:
+        UsageError: If there is no such split, part, fold or snapshot, or the snapshot does not hold what is asked for.
+    """
+    if definition.snapshot is None:
+        return definition if definition.split is None else replace(definition, split=str(known(conn, side(definition.split))))
+    name = definition.snapshot
+    row = conn.execute("SELECT id, structures, definition->>'split' FROM snapshot WHERE name = %s", [name]).fetchone()
+    if row is None:
+        listed = ", ".join(str(one) for (one,) in conn.execute("SELECT name FROM snapshot ORDER BY name LIMIT 10").fetchall())
+        raise UsageError(f"snapshot={name!r}: there is none of this name; there are {listed or 'none, see `catalog snapshot create`'}")
+    snapshot_id, structures, split = row
+    if missing := [one for one in definition.structures if one not in structures]:
+        raise UsageError(f"structures={missing!r}: snapshot {name!r} holds {', '.join(structures) or 'images alone'}")
+    if definition.split is None:
+        return definition
+    wanted = side(definition.split)
+    if wanted.split not in (None, split):
+        raise UsageError(f"split={definition.split!r}: snapshot {name!r} was made with {f'split {split!r}' if split else 'no split'}")
+    here, parameters = on_side(wanted)
+    there = sql.SQL("SELECT EXISTS (SELECT FROM snapshot_sample WHERE snapshot_id = %(snapshot)s AND {})").format(here)
+    if conn.execute(there, {"snapshot": snapshot_id, **parameters}).fetchone() != (True,):
+        raise UsageError(f"split={definition.split!r}: snapshot {name!r} has nothing there; see `catalog snapshot show`")
+    return replace(definition, split=str(replace(wanted, split=None)))
+
+
 def selection(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
     """Return the query of what a stream feeds, and its parameters: sample_id, sample_key, annotation_ids, rows, columns.
 
     A `where` of the user's stands in it as text: it is checked to be one expression, and the login it runs under cannot write.
     """
-    parameters: dict[str, Any] = {"structures": list(definition.structures), "limit": definition.limit}
-    conditions = [sql.SQL("path IS NOT NULL AND sample_id NOT IN (SELECT sample_id FROM revoked_image)")]
-    if not definition.include_flagged:
-        conditions.append(sql.SQL("error_flags = 0"))
-    if definition.where is not None:
-        # The newline ends a comment that the text may end with; % is doubled for psycopg.
-        conditions.append(_text("(" + definition.where.replace("%", "%%") + "\n)"))
-    if definition.structures:
-        conditions.append(sql.SQL("structure = ANY(%(structures)s) AND area_px IS NOT NULL AND origin NOT IN ('interpolated', 'proposed')"))
-        which = sql.SQL(", ").join(
-            sql.SQL("coalesce(max(annotation_id) FILTER (WHERE structure = {}), 0)").format(sql.Literal(name))
-            for name in definition.structures
-        )
-        query = sql.SQL(
-            "SELECT sample_id, sample_key, ARRAY[{which}]::bigint[] AS annotation_ids, rows, columns FROM sample WHERE {conditions} "
-            "GROUP BY sample_id, sample_key, rows, columns"
-        ).format(which=which, conditions=sql.SQL(" AND ").join(conditions))
-        if definition.require == "all" and len(definition.structures) > 1:
-            query += sql.SQL(" HAVING count(*) = cardinality(%(structures)s)")
-    else:
-        query = sql.SQL("SELECT sample_id, sample_key, '{{}}'::bigint[] AS annotation_ids, rows, columns FROM image_all WHERE {}").format(
-            sql.SQL(" AND ").join(conditions)
-        )
+    query, parameters = _live(definition) if definition.snapshot is None else _frozen(definition)
     if definition.limit is not None:
         query = sql.SQL("SELECT * FROM ({}) AS everything ORDER BY sample_key LIMIT %(limit)s").format(query)
-    return query, parameters
+    return query, {"structures": list(definition.structures), "limit": definition.limit, **parameters}
+
+
+def _live(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
+    wanted = None if definition.split is None else side(definition.split)
+    found, parameters = conditions(
+        of_structures=bool(definition.structures), include_flagged=definition.include_flagged, origins=definition.origins, wanted=wanted
+    )
+    if definition.where is not None:
+        # The newline ends a comment that the text may end with; % is doubled for psycopg.
+        found.append(_text("(" + definition.where.replace("%", "%%") + "\n)"))
+    if not definition.structures:
+        return sql.SQL("SELECT sample_id, sample_key, '{{}}'::bigint[] AS annotation_ids, rows, columns FROM image_all WHERE {}").format(
+            sql.SQL(" AND ").join(found)
+        ), parameters
+    found.append(sql.SQL("structure = ANY(%(structures)s) AND area_px IS NOT NULL"))
+    query = sql.SQL(
+        "SELECT sample_id, sample_key, {drawn} AS annotation_ids, rows, columns FROM sample WHERE {conditions} "
+        "GROUP BY sample_id, sample_key, rows, columns"
+    ).format(drawn=_by_structure(definition), conditions=sql.SQL(" AND ").join(found))
+    return query + _all_of(definition), parameters
+
+
+def _frozen(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
+    """Flags play no part; what is revoked or was erased is left out. A file that is gone is not: it comes as unreadable."""
+    parameters: dict[str, Any] = {"snapshot": definition.snapshot}
+    found: list[sql.Composable] = [sql.SQL("t.name = %(snapshot)s AND k.image_id NOT IN (SELECT sample_id FROM revoked_image)")]
+    if definition.split is not None:
+        here, of_side = on_side(side(definition.split))
+        found.append(here)
+        parameters |= of_side
+    of = sql.SQL("FROM snapshot t JOIN snapshot_sample k ON k.snapshot_id = t.id JOIN image i ON i.id = k.image_id")
+    if not definition.structures:
+        return sql.SQL(
+            "SELECT i.id AS sample_id, i.sample_key, '{{}}'::bigint[] AS annotation_ids, i.rows, i.columns {of} WHERE {conditions}"
+        ).format(of=of, conditions=sql.SQL(" AND ").join(found)), parameters
+    query = sql.SQL(
+        "SELECT i.id AS sample_id, i.sample_key, {drawn} AS annotation_ids, i.rows, i.columns {of} "
+        "JOIN snapshot_mask m ON (m.snapshot_id, m.number) = (k.snapshot_id, k.number) AND m.structure = ANY(%(structures)s) "
+        "JOIN pairing p ON p.id = m.pairing_id JOIN mask ON mask.pairing_id = p.id WHERE {conditions} GROUP BY i.id"
+    ).format(drawn=_by_structure(definition), of=of, conditions=sql.SQL(" AND ").join(found))
+    return query + _all_of(definition), parameters
+
+
+def _by_structure(definition: Definition) -> sql.Composed:
+    """Return the array of a sample's annotation ids, by the stream's structures; 0: none."""
+    one = sql.SQL("coalesce(max(annotation_id) FILTER (WHERE structure = {}), 0)")
+    return sql.SQL("ARRAY[{}]::bigint[]").format(sql.SQL(", ").join(one.format(sql.Literal(name)) for name in definition.structures))
+
+
+def _all_of(definition: Definition) -> sql.SQL:
+    several = definition.require == "all" and len(definition.structures) > 1
+    return sql.SQL(" HAVING count(*) = cardinality(%(structures)s)" if several else "")
 
 
 def check_where(conn: Connection, definition: Definition) -> None:
-    """Raise UsageError unless the user's `where` is one boolean expression over the view.
-
-    Between brackets and between CASE and END it must parse both times: text that closes a bracket to say more fails in one of them.
-    """
-    if definition.where is None:
-        return
-    view = "sample" if definition.structures else "image_all"
-    for before, after in (("(", "\n)"), ("CASE WHEN ", "\nTHEN true END")):
-        try:
-            # A prepared statement is one statement: the extended protocol refuses a second.
-            condition = _text(before + definition.where.replace("%", "%%") + after)
-            conn.execute(sql.SQL("SELECT 1 FROM {} WHERE {} LIMIT 0").format(sql.Identifier(view), condition), {}, prepare=True)
-        except psycopg.Error as error:
-            conn.rollback()
-            reason = error.diag.message_primary or str(error)
-            raise UsageError(f"where={definition.where!r}: {reason}; it must be an SQL condition over the view {view}") from error
-    conn.rollback()
+    """Raise UsageError unless the user's `where` is one boolean expression over the view."""
+    checked(conn, definition.where, "sample" if definition.structures else "image_all", named=f"where={definition.where!r}")
 
 
 def shapes(conn: Connection, definition: Definition) -> dict[tuple[int, int], int]:
@@ -197,8 +267,9 @@ def shapes(conn: Connection, definition: Definition) -> dict[tuple[int, int], in
 def one_shape(found: dict[tuple[int, int], int], definition: Definition) -> tuple[int, int]:
     """Return the only (rows, columns), or raise UsageError saying which there are and what to pass."""
     if not found:
-        what = f"structures={list(definition.structures)!r}" if definition.structures else "image"
-        raise UsageError(f"the stream is empty: no sample fits {what}, where={definition.where!r}; see `catalog status`")
+        what = [f"structures={list(definition.structures)!r}" if definition.structures else "any image"]
+        what += [f"{name}={value!r}" for name in ("snapshot", "split", "where") if (value := getattr(definition, name)) is not None]
+        raise UsageError(f"the stream is empty: no sample fits {', '.join(what)}; see `catalog status`")
     if len(found) > 1:
         listed = ", ".join(f"{rows}×{columns} ({count})" for (rows, columns), count in found.items())
         rows, columns = next(iter(found))
@@ -474,7 +545,7 @@ def _array(numbers: list[int]) -> str:
 
 
 def _text(query: str) -> sql.SQL:
-    # The only place where text from a user becomes SQL; see check_where.
+    # The only place here where text from a user becomes SQL; `check_where` has looked at it.
     return sql.SQL(query)
 
 

@@ -69,13 +69,13 @@ def work_query(structures: int) -> sql.Composed:
         "",
     )
     return sql.SQL(
-        "SELECT convert_to(json_build_array(i.id, encode(uuid_send(i.sample_key), 'hex'), ro.url, f.path, f.size, f.mtime_ns, "
+        "SELECT convert_to(json_build_array(i.id, encode(uuid_send(i.sample_key), 'hex'), pl.url, pl.path, f.size, f.mtime_ns, "
         "l.byte_offset, l.byte_length, l.dtype, i.slope, i.intercept, i.frame, i.rows, i.columns, n.sop_instance_uid, "
         "encode(i.pixel_hash, 'hex'), f.format, l.coding, l.bits_stored, i.modality_lut, json_build_array({boxes}))::text, 'UTF8'), {bits} "
         "FROM epoch_order e CROSS JOIN LATERAL unnest(e.sample_ids{slices}) WITH ORDINALITY AS s (id{drawn}, n) "
         "JOIN image i ON i.id = s.id JOIN instance n ON n.id = i.instance_id "
         "LEFT JOIN location l ON l.image_id = i.id AND l.preferred LEFT JOIN file f ON f.id = l.file_id "
-        "LEFT JOIN root ro ON ro.id = f.root_id "
+        "LEFT JOIN place pl ON pl.file_id = f.id "
         "{masks}WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / %(part)s AND (%(end)s - 1) / %(part)s "
         "AND e.part * %(part)s + s.n - 1 <@ %(positions)s::int8multirange ORDER BY e.part, s.n"
     ).format(boxes=boxes, bits=bits, slices=slices, drawn=drawn, masks=masks)
@@ -423,10 +423,12 @@ class Supply:
         asked, client = self.asked, self.client
         self._conn = self._connect()
         if (name := asked.get("stream")) is None:
-            self.definition = Definition.from_json(asked.get("definition"))
+            self.definition = orders.settled(self._conn, Definition.from_json(asked.get("definition")))
         else:
             stream_id, self.definition = named.find(self._conn, name)
-            named.compare(name, self.definition, asked["definition"])
+            # Of a split the part alone may be named; and what the stream names may be gone.
+            given = orders.settled(self._conn, Definition.from_json({**self.definition.whole(), **asked["definition"]}))
+            named.compare(name, self.definition, given.whole())
         with self.database.read_only(timeout_s=orders.SELECT_TIMEOUT_S) as reading:
             orders.check_where(reading, self.definition)
             if name is None:
@@ -630,8 +632,9 @@ class Supply:
 
     def _moved(self, root: str, path: str, size: int, mtime_ns: int, offset: int | None, sample_id: int) -> None:
         row = self._conn.execute(
-            "UPDATE file f SET size = %s, mtime_ns = %s FROM root r WHERE r.id = f.root_id AND r.url = %s AND f.path = %s RETURNING f.id",
-            [size, mtime_ns, root, path],
+            "UPDATE file f SET size = %s, mtime_ns = %s FROM location l JOIN place pl ON pl.file_id = l.file_id "
+            "WHERE l.image_id = %s AND l.file_id = f.id AND pl.url = %s AND pl.path = %s RETURNING f.id",
+            [size, mtime_ns, sample_id, root, path],
         ).fetchone()
         if row is not None:
             self._conn.execute(

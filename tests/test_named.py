@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from catalog.errors import CatalogError, UsageError
+from catalog.selection import ORIGINS
 from loaderd import named
 from loaderd.attempts import CONSUMER_LOCK
 from loaderd.cli import main
@@ -30,6 +31,8 @@ texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=
 definitions = st.builds(
     Definition,
     structures=st.lists(texts.filter(bool), unique=True, max_size=3).map(tuple),
+    split=st.none() | st.sampled_from(("train", "mri/val", "mri/train:3")),
+    origins=st.lists(st.sampled_from(ORIGINS), unique=True, min_size=1).map(tuple),
     where=st.none() | texts,
     limit=st.none() | st.integers(1, 2**40),
     include_flagged=st.booleans(),
@@ -132,7 +135,7 @@ def test_what_is_no_name(conn: psycopg.Connection, name: str) -> None:
 @pytest.mark.parametrize("definition", [Definition(where="'\udcff' = ''"), Definition(structures=("a\0b",))])
 def test_what_the_database_cannot_keep(conn: psycopg.Connection, definition: Definition) -> None:
     """Bytes that are no text are refused before the database chokes on them."""
-    with pytest.raises(UsageError, match="structures and where"):
+    with pytest.raises(UsageError, match="structures, names and where"):
         named.create(conn, "train", definition)
 
 
@@ -184,7 +187,7 @@ def test_the_database_keeps_a_definition_as_it_is(conn: psycopg.Connection, defi
     [
         ("batch_size = 'many'", "batch_size='many'"),
         ("batch_size = true", "batch_size=True"),
-        ("batchsize = 8", "'batchsize' is no field of a stream; there are structures, where,"),
+        ("batchsize = 8", "'batchsize' is no field of a stream; there are structures, snapshot, split, origins, where,"),
         ("structures = 'inner'", "structures='inner': must be a list of names"),
         ("structures = [1]", "structures=[1]"),
         ("where = 3", "where=3: must be a text"),
