@@ -476,7 +476,8 @@ class Stream:
         else:
             batch.report = report
             if unreadable:
-                self._could_not_read(batch, unreadable)
+                said = [[place, sample, code, self.supply.words(code, message)] for place, sample, code, message in unreadable]
+                self._could_not_read(batch, said)
         self._pump()
 
     def _died(self, batch: Batch) -> bool:

@@ -27,6 +27,7 @@ from psycopg import sql
 from catalog import __version__
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, DatabaseError
+from catalog.terms import REASON, REASONS
 from loaderd import attempts, ledger, named, orders
 from loaderd.attempts import Attempt
 from loaderd.messages import Message
@@ -35,6 +36,7 @@ from loaderd.shares import Share, Span
 
 CHUNK = 1_024  # positions a query, rounded down to whole batches
 KEPT = 16_384  # samples: streams of up to so many keep their work (about 1 KB a sample) while the catalog stands still
+OWN_CODES = ("root-missing", "colour", "shape", "changed")  # whose words are decode.py's own
 OUTAGE_S = 300  # how long PostgreSQL may be out of reach until a stream ends
 BREAK_OFF_S = 0.1  # how often a plan that is in the way is broken off
 RETRY_S = 0.2
@@ -182,6 +184,7 @@ class Supply:
         self._shape = (0, 0)
         self._num_samples = 0
         self._closing = threading.Event()
+        self._pseudonymized = False
         self._again = False  # this command is carried out a second time
         self._given_up = False  # PostgreSQL is away for good
         self._unsure: deque[tuple[float, Command]] = deque()
@@ -252,6 +255,10 @@ class Supply:
         self.reason = reason or self.reason
         self._closing.set()
         self._commands.put(None)
+
+    def words(self, code: str, message: str) -> str:
+        """Return why a file could not be read, in words that may be kept: decoders quote what they read."""
+        return REASONS.get(code, REASON) if self._pseudonymized and code not in OWN_CODES else message
 
     @property
     def alive(self) -> bool:
@@ -429,6 +436,7 @@ class Supply:
             # Of a split the part alone may be named; and what the stream names may be gone.
             given = orders.settled(self._conn, Definition.from_json({**self.definition.whole(), **asked["definition"]}))
             named.compare(name, self.definition, given.whole())
+        self._pseudonymized = self._conn.execute("SELECT EXISTS (SELECT FROM pseudonymization)").fetchone() == (True,)
         with self.database.read_only(timeout_s=orders.SELECT_TIMEOUT_S) as reading:
             orders.check_where(reading, self.definition)
             if name is None:

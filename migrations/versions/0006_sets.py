@@ -380,14 +380,19 @@ CREATE TRIGGER delete_derived AFTER DELETE ON derivation REFERENCING OLD TABLE A
 """
 
 # Patients that share pixels lie on one side, whoever writes the row. Pixels that are all alike (a black frame) tie nobody together.
-# The split's row is locked, so that two who write at once see each other.
+# The split's row is written, so that two who write at once see each other: a lock alone would let a REPEATABLE READ transaction that began
+# before the other one ended go on with what it saw then. Pixels are grouped: a join of equal ones took 8.7 s for 4,000 black frames.
 SPLITS = """
 CREATE VIEW pixel_twin AS
-SELECT DISTINCT st.patient_id, su.patient_id AS other_id
-FROM image i JOIN image j ON j.pixel_hash = i.pixel_hash AND j.id <> i.id
-JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
-JOIN instance o ON o.id = j.instance_id JOIN series sf ON sf.id = o.series_id JOIN study su ON su.id = sf.study_id
-WHERE su.patient_id <> st.patient_id AND NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id AND m.minimum = m.maximum);
+SELECT DISTINCT a.patient_id, b.other_id
+FROM (
+    SELECT array_agg(DISTINCT st.patient_id) AS ids
+    FROM image i JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
+    LEFT JOIN measure m ON m.image_id = i.id AND m.minimum = m.maximum
+    WHERE i.pixel_hash IS NOT NULL
+    GROUP BY i.pixel_hash HAVING min(st.patient_id) <> max(st.patient_id) AND count(m.image_id) = 0
+) AS shared, unnest(ids) AS a (patient_id), unnest(ids) AS b (other_id)
+WHERE a.patient_id <> b.other_id;
 CREATE FUNCTION guard_split() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     bad record;
@@ -400,7 +405,13 @@ BEGIN
         END IF;
         RETURN NULL;
     END IF;
-    PERFORM FROM split WHERE id IN (SELECT split_id FROM new_rows) FOR NO KEY UPDATE;
+    IF TG_OP = 'UPDATE' THEN
+        SELECT s.name INTO bad FROM old_rows o JOIN split s ON s.id = o.split_id WHERE s.frozen_at IS NOT NULL LIMIT 1;
+        IF FOUND THEN
+            RAISE EXCEPTION 'split %: is frozen, so nobody comes to it and nobody moves', bad.name USING ERRCODE = 'check_violation';
+        END IF;
+    END IF;
+    UPDATE split SET name = name WHERE id IN (SELECT split_id FROM new_rows) AND frozen_at IS NULL;
     SELECT s.name INTO bad FROM new_rows n JOIN split s ON s.id = n.split_id WHERE s.frozen_at IS NOT NULL LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'split %: is frozen, so nobody comes to it and nobody moves', bad.name USING ERRCODE = 'check_violation';
@@ -422,7 +433,7 @@ BEGIN
 END $$;
 CREATE TRIGGER guard_insert AFTER INSERT ON split_patient REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION guard_split();
-CREATE TRIGGER guard_update AFTER UPDATE ON split_patient REFERENCING NEW TABLE AS new_rows
+CREATE TRIGGER guard_update AFTER UPDATE ON split_patient REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION guard_split();
 CREATE TRIGGER guard_delete AFTER DELETE ON split_patient REFERENCING OLD TABLE AS old_rows
     FOR EACH STATEMENT EXECUTE FUNCTION guard_split();

@@ -35,17 +35,24 @@ COMMENT ON COLUMN split_balance.annotated IS 'Those that have an accepted annota
 COMMENT ON COLUMN split_balance.frozen IS 'Is the split frozen?';
 
 CREATE VIEW split_leaks AS
-SELECT s.name AS split, i.id AS sample_id, pt.patient_id AS patient, a.part, a.fold, j.id AS other_sample_id, b.part AS other_part,
-       b.fold AS other_fold
-FROM image i JOIN image j ON j.pixel_hash = i.pixel_hash AND j.id <> i.id
-JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
-JOIN instance o ON o.id = j.instance_id JOIN series sf ON sf.id = o.series_id JOIN study su ON su.id = sf.study_id
-JOIN split_patient a ON a.patient_id = st.patient_id
-JOIN split_patient b ON b.split_id = a.split_id AND b.patient_id = su.patient_id
-JOIN split s ON s.id = a.split_id JOIN patient pt ON pt.id = st.patient_id
-WHERE (a.part, a.fold) IS DISTINCT FROM (b.part, b.fold)
-  AND NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id AND m.minimum = m.maximum)
-ORDER BY s.name, i.id, j.id;
+WITH held AS (
+    SELECT i.id AS sample_id, i.pixel_hash, a.split_id, a.patient_id, a.part, a.fold,
+           bool_or(m.image_id IS NOT NULL) OVER (PARTITION BY i.pixel_hash) AS blank
+    FROM image i JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
+    JOIN split_patient a ON a.patient_id = st.patient_id
+    LEFT JOIN measure m ON m.image_id = i.id AND m.minimum = m.maximum
+    WHERE i.pixel_hash IN (
+        SELECT i.pixel_hash FROM image i JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id
+        JOIN study st ON st.id = se.study_id WHERE i.pixel_hash IS NOT NULL
+        GROUP BY i.pixel_hash HAVING min(st.patient_id) <> max(st.patient_id))
+), sides AS (
+    SELECT split_id, pixel_hash, part, fold, min(sample_id) AS sample_id FROM held WHERE NOT blank GROUP BY split_id, pixel_hash, part, fold
+)
+SELECT DISTINCT ON (s.name, h.sample_id) s.name AS split, h.sample_id, pt.patient_id AS patient, h.part, h.fold,
+       o.sample_id AS other_sample_id, o.part AS other_part, o.fold AS other_fold
+FROM held h JOIN sides o ON (o.split_id, o.pixel_hash) = (h.split_id, h.pixel_hash) AND (o.part, o.fold) IS DISTINCT FROM (h.part, h.fold)
+JOIN split s ON s.id = h.split_id JOIN patient pt ON pt.id = h.patient_id
+ORDER BY s.name, h.sample_id, o.sample_id;
 
 COMMENT ON VIEW split_leaks IS 'Pixels on two sides of a split: must be empty. Images whose pixels a patient on another side of the split has too. The database refuses such a split; these came in later, with an ingest or when hashes were measured. They are fed to no part of the split until one of them is gone.';
 
@@ -59,7 +66,7 @@ COMMENT ON COLUMN split_leaks.part IS 'Its part.';
 
 COMMENT ON COLUMN split_leaks.fold IS 'And fold.';
 
-COMMENT ON COLUMN split_leaks.other_sample_id IS 'An image of the same pixels on another side.';
+COMMENT ON COLUMN split_leaks.other_sample_id IS 'An image (of several the first) of the same pixels on another side.';
 
 COMMENT ON COLUMN split_leaks.other_part IS 'Its part.';
 
