@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from catalog.cli_threshold import threshold
 from catalog.database import Database, open_database, schema_version, upgrade
 from catalog.errors import CatalogError, UsageError
 from catalog.output import AsJson, DatabaseUrl, number, plural, print_json, print_table, progress, say
+
+if TYPE_CHECKING:
+    from catalog.pseudonyms import Pseudonyms
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Catalog of imaging studies.")
 app.add_typer(flag_app, name="flag")
@@ -51,6 +54,34 @@ class Hash(StrEnum):
     FULL = "full"
     HEAD = "head"
     NONE = "none"
+
+
+class Dates(StrEnum):
+    """What becomes of a patient's dates."""
+
+    SHIFT = "shift"
+    DROP = "drop"
+
+
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="KEYFILE",
+        help="Keep keyed hashes (HMAC-SHA256) in the place of patients, UIDs, paths and names. The catalog's first ingest decides it, "
+        "and all others need the same key: a file of 32 random bytes or more that nobody else may read.",
+        show_default=False,
+    ),
+]
+KeptDates = Annotated[
+    Dates | None,
+    typer.Option(help="With --pseudonymize: shift a patient's dates by the same days (the default), or drop them.", show_default=False),
+]
+KeepName = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="With --pseudonymize: a structure or reader that keeps its name; again for more.", show_default=False
+    ),
+]
 
 
 @app.command()
@@ -102,6 +133,9 @@ def ingest(
         str | None,
         typer.Option(metavar="MODULE:FUNCTION", help="Read on the concurrent.futures.Executor that it returns.", show_default=False),
     ] = None,
+    pseudonymize: KeyFile = None,
+    dates: KeptDates = None,
+    keep_name: KeepName = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be found; touches no database.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,16 +152,17 @@ def ingest(
     }
     options = {role: value for role, value in options.items() if value is not None}
     place = folder if is_url(folder) else Path(folder)
+    names = _pseudonyms(pseudonymize, dates, keep_name)
     if dry_run:
-        _look(place, layout, options, as_json)
+        _look(place, layout, options, as_json, names)
         return
     from catalog import executors
 
     with open_database(database) as db, executors.of(dask, executor) as elsewhere:
         pool, at_once = elsewhere or (None, TASKS_AT_ONCE)
         _ingest(
-            db, place, as_json, layout=layout, options=options, name=name, hashing=hashing and hashing.value, jobs=jobs, executor=pool,
-            at_once=at_once,
+            db, place, as_json, layout=layout, options=options, name=name, names=names, hashing=hashing and hashing.value, jobs=jobs,
+            executor=pool, at_once=at_once,
         )  # fmt: skip
 
 
@@ -136,20 +171,70 @@ def runs_retry(
     run: RunNumber,
     database: DatabaseUrl = None,
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Reading processes; by default one a core.", show_default=False)] = None,
+    pseudonymize: KeyFile = None,
+    dates: KeptDates = None,
+    keep_name: KeepName = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be found; changes nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ingest the root of a run again with its layout and hash: what failed is tried again, and what is new or changed taken in."""
     from catalog import runs
+    from catalog.pseudonyms import agree
     from catalog.remote import is_url
 
+    names = _pseudonyms(pseudonymize, dates, keep_name)
     with open_database(database) as db:
+        with db.connect() as conn:
+            agree(conn, names)
         url, layout, hashing = runs.again(db, run)
         place = url if is_url(url) else Path(url)
         if dry_run:
-            _look(place, layout, {}, as_json)
+            _look(place, layout, {}, as_json, names)
         else:
-            _ingest(db, place, as_json, layout=layout, hashing=hashing, jobs=jobs, retry=True)
+            _ingest(db, place, as_json, layout=layout, names=names, hashing=hashing, jobs=jobs, retry=True)
+
+
+@patient_app.command("pseudonym")
+def patient_pseudonym(
+    key: Annotated[Path, typer.Argument(metavar="KEYFILE", help="The key of the catalog.")],
+) -> None:
+    """Say what stands for PatientIDs in a pseudonymized catalog: reads one a line from standard input. Touches no database."""
+    names = _pseudonyms(key, None, None)
+    assert names is not None
+    for line in sys.stdin:
+        if name := line.strip():
+            typer.echo(names.patient(name))
+
+
+@app.command()
+def where(
+    tokens: Annotated[list[str], typer.Argument(metavar="TOKEN…", help="As `catalog errors`, `pair list` and others show them.")],
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where files of a pseudonymized catalog lie, and which names tokens stand for; only the owner, an ingest and a daemon may know."""
+    from catalog import places
+
+    with open_database(database) as db, db.connect() as conn:
+        found = places.revealed(conn, tokens)
+    if as_json:
+        print_json(dict(found))
+    else:
+        for token, said in found:
+            if said is not None:
+                typer.echo(f"{token}: {said}")
+    if unknown := [token for token, said in found if said is None]:
+        raise CatalogError(f"{', '.join(unknown)}: no file or name of this catalog stands behind it")
+
+
+def _pseudonyms(key: Path | None, dates: Dates | None, keep: list[str] | None) -> Pseudonyms | None:
+    from catalog.pseudonyms import Pseudonyms, read_key
+
+    if key is None:
+        if dates is not None or keep:
+            raise UsageError(f"{'--dates' if dates is not None else '--keep-name'}: goes with --pseudonymize KEYFILE alone")
+        return None
+    return Pseudonyms(read_key(key), dates=None if dates is None else dates.value, keep=keep or ())
 
 
 def _file(path: str | None) -> str | None:
@@ -167,11 +252,13 @@ def _columns(given: list[str] | None) -> dict[str, str] | None:
     return columns or None
 
 
-def _look(place: Path | str, layout: str, options: dict[str, Any], as_json: bool) -> None:
+def _look(place: Path | str, layout: str, options: dict[str, Any], as_json: bool, names: Pseudonyms | None) -> None:
     """Say what an ingest would find, by names and tables alone; ends with exit code 3 where something is wrong."""
     from catalog.ingest import find
 
-    layout, found = find(place, layout, options)
+    layout, found = find(place, layout, options, quiet=names is not None)
+    if names is not None:
+        found = names.found(found, layout)
     paired: list[dict[str, Any]] = []
     proposed: list[dict[str, Any]] = []
     unpaired: list[dict[str, Any]] = []

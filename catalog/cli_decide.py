@@ -110,6 +110,8 @@ def erase(
     typer.echo(f"erased the patient (erasure {erased.id or '(new)'}): " + counted(erased.rows))
     if erased.kept_files:
         typer.echo(f"{number(erased.kept_files, 'file')} with images of others too stay in the catalog")
+    for name, count in erased.snapshots.items():
+        typer.echo(f"snapshot {name}: {number(count, 'sample')} taken out; the digest stays")
     print_seen(erased.seen)
     typer.echo(
         "the files themselves, decoded copies in local caches and backups are not touched: remove them; an ingest refuses the files now"

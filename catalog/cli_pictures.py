@@ -105,7 +105,10 @@ def gallery(
 
 def plot(
     what: Annotated[
-        Plot, typer.Argument(help="areas along slices and phases; spread of areas and centroids; intensities of pool and muscle.")
+        Plot,
+        typer.Argument(
+            help="areas along slices and phases; spread of areas and centroids; intensities of pool and muscle, and what thresholds reach."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write: .png or .svg.")],
     where: Where = None,
@@ -113,7 +116,10 @@ def plot(
     jobs: Jobs = None,
     database: DatabaseUrl = None,
 ) -> None:
-    """Plot areas in mm² along slices and phases, distributions, or intensities of pool and muscle. Needs `scanfeed[plots]`."""
+    """Plot what somebody drew: areas in mm² along slices and phases, distributions, or intensities and the Dice that thresholds reach.
+
+    Needs the extra `plots`; with the extra `derive` what `catalog threshold` would propose is judged, too.
+    """
     from catalog import plots
 
     if output.suffix.lower() not in (".png", ".svg"):

@@ -34,12 +34,12 @@ CONTOURS_PER_PAGE = 4_096
 UNFITTED = """
 FROM pairing p JOIN annotation a ON a.id = p.annotation_id AND a.current AND a.kind = 'polygon' JOIN image i ON i.id = p.image_id
 JOIN measure m ON m.image_id = i.id JOIN location l ON l.image_id = i.id AND l.preferred
-JOIN file f ON f.id = l.file_id AND f.state = 'present' JOIN root r ON r.id = f.root_id
+JOIN file f ON f.id = l.file_id AND f.state = 'present' JOIN place r ON r.file_id = f.id
 WHERE p.id > %(after)s AND p.state = 'accepted' AND NOT EXISTS (SELECT FROM edge_fit e WHERE e.pairing_id = p.id)
 """
 COUNT = f"SELECT count(*) {UNFITTED}"
 PAGE = f"""
-SELECT i.id, f.id, r.id, r.url, f.path, f.size, f.mtime_ns, f.format, l.coding, i.frame, i.rows, i.columns, i.samples_per_pixel,
+SELECT i.id, f.id, f.root_id, r.url, r.path, f.size, f.mtime_ns, f.format, l.coding, i.frame, i.rows, i.columns, i.samples_per_pixel,
        i.slope, i.intercept, i.modality_lut, l.byte_offset, l.byte_length, l.dtype, l.bits_stored, false,
        p.id, a.points, a.rings, a.convention, a.shift_x, a.shift_y, i.image_position, i.image_orientation, i.row_spacing, i.column_spacing
 {UNFITTED} ORDER BY p.id LIMIT {CONTOURS_PER_PAGE}

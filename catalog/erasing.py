@@ -1,6 +1,7 @@
 """Taking rows out of the catalog for good, and erasing a patient: what is left is a number for what was lost.
 
-Everything else in the catalog is kept when its file goes away; only `erase` and `catalog.runs.undo` delete.
+Everything else in the catalog is kept when its file goes away; only `erase` and `catalog.runs.undo` delete. What is in a snapshot goes with
+an erasure alone.
 
 No message repeats the PatientID. Of an erased patient table `erasure` keeps a salted hash, by which an ingest knows the patient's files
 again and refuses them. Orders and ledgers of epochs stay: numbers that stand for nothing any more.
@@ -31,6 +32,18 @@ GONE = (
 )
 # Fresh temporary tables have no statistics, and PostgreSQL takes them for large or small at random.
 COUNT_GONE = "ANALYZE gone_image, gone_annotation, gone_file"
+
+# A label that nobody drew goes with its image, and with what it was made from.
+DERIVED = """
+WITH RECURSIVE going AS (
+    SELECT id FROM gone_annotation
+    UNION
+    SELECT d.annotation_id FROM derivation d JOIN pairing p ON p.annotation_id = d.annotation_id WHERE p.image_id IN (TABLE gone_image)
+    UNION
+    SELECT d.annotation_id FROM going g JOIN derivation d ON g.id IN (d.first_id, d.second_id)
+)
+INSERT INTO gone_annotation SELECT id FROM going ON CONFLICT DO NOTHING
+"""
 
 # In the order that references ask for. Masks and measures go with their pairings and images.
 TAKE_OUT = {
@@ -94,6 +107,13 @@ def take_out(conn: psycopg.Connection[Any], *, dry_run: bool) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------ erasing a patient
 
+# What folders of the patient's are called. Where a pseudonym stands for a folder's name it stands without P-.
+FOLDERS = """
+SELECT CASE WHEN EXISTS (SELECT FROM pseudonymization) THEN ARRAY[substr(patient_id, 3), substr(original_id, 3)]
+            ELSE ARRAY[patient_id, original_id] END
+FROM patient WHERE id = %(patient)s
+"""
+
 # An image of the patient; an annotation that is paired with such images alone, or lies in a DICOM object of the patient, or has no
 # image and lies in a folder of the patient's name; a file that holds nothing else.
 OF_PATIENT = (
@@ -101,10 +121,10 @@ OF_PATIENT = (
     "JOIN instance n ON n.series_id = se.id WHERE st.patient_id = %(patient)s",
     "INSERT INTO gone_image SELECT id FROM image WHERE instance_id IN (TABLE gone_instance)",
     # A name that stands over images of others too says nothing.
-    """
+    f"""
     CREATE TEMP TABLE named_file ON COMMIT DROP AS WITH named AS (
         SELECT f.id, f.root_id FROM file f
-        WHERE string_to_array(f.path, '/') && (SELECT ARRAY[patient_id, original_id] FROM patient WHERE id = %(patient)s))
+        WHERE string_to_array(f.path, '/') && ({FOLDERS}))
     SELECT id FROM named WHERE root_id NOT IN (
         SELECT o.root_id FROM named o JOIN location l ON l.file_id = o.id WHERE l.image_id NOT IN (TABLE gone_image))
     """,
@@ -123,6 +143,7 @@ OF_PATIENT = (
     SELECT a.id FROM counted c JOIN annotation a USING (file_id, source_key) JOIN file f ON f.id = c.file_id
     WHERE f.instance_id IN (TABLE gone_instance) OR c.own = c.paired AND (c.own > 0 OR c.file_id IN (TABLE named_file))
     """,
+    DERIVED,
     """
     INSERT INTO gone_file SELECT f.id FROM file f
     WHERE (f.id IN (SELECT file_id FROM location WHERE image_id IN (TABLE gone_image)) OR f.instance_id IN (TABLE gone_instance)
@@ -134,10 +155,10 @@ OF_PATIENT = (
 )
 
 # What was refused of the patient's files, and folders of the patient's name, stand in the errors of ingests by their paths.
-ERRORS = """
+ERRORS = f"""
 DELETE FROM ingest_error e USING ingest_run i
 WHERE i.id = e.ingest_run_id AND ((i.root_id, e.path) IN (SELECT root_id, path FROM file WHERE id IN (TABLE gone_file))
-    OR string_to_array(e.path, '/') && (SELECT ARRAY[patient_id, original_id] FROM patient WHERE id = %(patient)s))
+    OR string_to_array(e.path, '/') && ({FOLDERS}))
 """
 
 REST = {
@@ -161,7 +182,25 @@ SELECT %(actor)s, %(reason)s, s.salt, sha256(s.salt || convert_to(%(name)s, 'UTF
        (SELECT count(*) FROM gone_annotation), ARRAY(SELECT id FROM gone_image ORDER BY id)
 FROM (SELECT uuid_send(gen_random_uuid()) AS salt) AS s RETURNING id
 """
+# In a dry run: its number is not taken from those that are given out once.
+NOTE_NOTHING = """
+INSERT INTO erasure (id, actor, reason, salt, patient_sha256, file_sha256s, annotations, image_ids)
+OVERRIDING SYSTEM VALUE VALUES (0, '', '', uuid_send(gen_random_uuid()), sha256(''), '{}', 0, '{}') RETURNING id
+"""
 ERASED = "SELECT id, at, actor FROM erasure WHERE patient_sha256 = sha256(salt || convert_to(%s, 'UTF8')) ORDER BY id DESC LIMIT 1"
+
+# Of a sample that loses its image, or something drawn on it, a snapshot keeps the digest alone.
+IN_SNAPSHOTS = f"""
+SELECT snapshot_id, number FROM snapshot_sample WHERE image_id IN (TABLE gone_image)
+UNION SELECT snapshot_id, number FROM snapshot_mask WHERE pairing_id IN ({GONE_PAIRING})
+"""
+FROM_SNAPSHOTS = (
+    f"CREATE TEMP TABLE gone_sample ON COMMIT DROP AS {IN_SNAPSHOTS}",
+    "UPDATE snapshot_sample SET erasure_id = %(erasure)s, image_id = NULL, sample_key = NULL "
+    "WHERE (snapshot_id, number) IN (TABLE gone_sample)",
+    "DELETE FROM snapshot_mask WHERE (snapshot_id, number) IN (TABLE gone_sample)",
+)
+BY_SNAPSHOT = "SELECT s.name, count(*) FROM gone_sample JOIN snapshot s ON s.id = snapshot_id GROUP BY s.id ORDER BY s.id"
 
 
 @dataclass(slots=True)
@@ -175,6 +214,7 @@ class Erased:
     rows: dict[str, int] = field(default_factory=dict)  # by table
     kept_files: int = 0  # in which something of another patient lies, too
     seen: list[Seen] = field(default_factory=list)  # runs that were fed some of it
+    snapshots: dict[str, int] = field(default_factory=dict)  # samples taken out, by the snapshot's name
 
 
 def erase(database: Database, patient: str, *, reason: str, actor: str | None = None, dry_run: bool = False) -> Erased:
@@ -195,7 +235,7 @@ def erase(database: Database, patient: str, *, reason: str, actor: str | None = 
         # All roots, since any of them may hold files of the patient that are not catalogued yet.
         roots.alone(conn, [root_id for (root_id,) in conn.execute("SELECT id FROM root")])
         for statement in (*GONE, *OF_PATIENT):
-            conn.execute(statement, parameters)
+            conn.execute(statement.encode(), parameters)
         erased = Erased(None, changed=True, actor=actor)
         with conn.cursor(row_factory=class_row(Seen)) as cursor:
             erased.seen = cursor.execute(SEEN, {"images": [one for (one,) in conn.execute("TABLE gone_image")]}).fetchall()
@@ -204,11 +244,13 @@ def erase(database: Database, patient: str, *, reason: str, actor: str | None = 
         ).fetchone()
         assert kept is not None
         erased.kept_files = kept[0]
-        if not dry_run:
-            note = conn.execute(NOTE, parameters).fetchone()
-            assert note is not None
-            erased.id = note[0]
-        errors = conn.execute(ERRORS, parameters).rowcount
+        note = conn.execute((NOTE_NOTHING if dry_run else NOTE).encode(), parameters).fetchone()
+        assert note is not None
+        erased.id = None if dry_run else note[0]
+        for statement in FROM_SNAPSHOTS:
+            conn.execute(statement.encode(), {"erasure": note[0]})
+        erased.snapshots = dict(conn.execute(BY_SNAPSHOT).fetchall())
+        errors = conn.execute(ERRORS.encode(), parameters).rowcount
         # Rows of patients that stay may be named by flags of the levels above alone.
         above = conn.execute(FLAGS_ABOVE, parameters).rowcount
         erased.rows = take_out(conn, dry_run=dry_run)
@@ -224,4 +266,5 @@ def erase(database: Database, patient: str, *, reason: str, actor: str | None = 
 def _forget_dead_rows(database: Database) -> None:
     """Let deleted rows be written over; until then they lie in the server's files. Who holds them up still is no reason to fail."""
     with contextlib.suppress(psycopg.Error), database.connect(autocommit=True) as conn:
-        conn.execute(f"VACUUM (SKIP_LOCKED) {', '.join((*TAKE_OUT, *REST, 'measure', 'mask', 'shape', 'flag', 'ingest_error'))}".encode())
+        others = ("measure", "mask", "shape", "flag", "ingest_error", "snapshot_sample", "snapshot_mask")
+        conn.execute(f"VACUUM (SKIP_LOCKED) {', '.join((*TAKE_OUT, *REST, *others))}".encode())

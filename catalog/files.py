@@ -6,13 +6,16 @@ Functions of an open connection; the caller owns the transaction.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
 from catalog import images, pairings
 from catalog.layouts import Annotation, Image
 from catalog.reading import Read, Refused, Result
+
+if TYPE_CHECKING:
+    from catalog.pseudonyms import Pseudonyms
 
 STAGED = """
 CREATE TEMP TABLE IF NOT EXISTS staged_file (
@@ -36,10 +39,11 @@ def write(
     results: Sequence[Result],
     wanted: Mapping[str, Image | Annotation],
     known: Set[str],
+    names: Pseudonyms | None = None,
 ) -> None:
     """Write the rows of files that were read, could not be, or hold nothing of use.
 
-    `known` are the paths that have a row: what was found about them before is closed.
+    `known` are the paths that have a row: what was found about them before is closed. `names` knows where they lie, if their paths do not.
     """
     with conn.cursor().copy("COPY staged_file FROM STDIN") as copy:
         for result in results:
@@ -50,6 +54,8 @@ def write(
                 (entry.path, result.kind, result.format, entry.size, entry.mtime_ns, state, wanted[entry.path].read_as, content_hash)
             )
     conn.execute(WRITE, {"root": root_id, "run": run_id})
+    if names is not None:
+        names.write_paths(conn, root_id, [result.entry.path for result in results])
     if again := [result.entry.path for result in results if result.entry.path in known]:
         images.close_file_flags(conn, root_id, again)
 

@@ -7,7 +7,7 @@ where this writes 41,000). Each statement may be repeated: what is there already
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -189,14 +189,24 @@ WHERE s.content_hash IS NULL AND s.frame = 0 AND (
         WHERE i.instance_id = n.id AND (f.root_id, f.path) <> (%(root)s, s.path)))))
 """
 UNHASHED = """
-SELECT DISTINCT ON (n.id) n.id, r.url || '/' || f.path FROM instance n JOIN image i ON i.instance_id = n.id
+SELECT DISTINCT ON (n.id) n.id, pl.url || '/' || pl.path, r.url || '/' || f.path FROM instance n JOIN image i ON i.instance_id = n.id
 JOIN location l ON l.image_id = i.id JOIN file f ON f.id = l.file_id AND f.state = 'present' JOIN root r ON r.id = f.root_id
-WHERE n.sop_instance_uid = ANY(%s) AND n.content_hash IS NULL ORDER BY n.id, f.id
+JOIN place pl ON pl.file_id = f.id WHERE n.sop_instance_uid = ANY(%s) AND n.content_hash IS NULL ORDER BY n.id, f.id
 """
 
 
-def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequence[Read], known: AbstractSet[str]) -> None:
-    """Write what these files hold, in the caller's transaction; their own rows are there already. `known`: paths that had one before."""
+def write(
+    conn: psycopg.Connection[Any],
+    root_id: int,
+    folder: str,
+    read: Sequence[Read],
+    known: AbstractSet[str],
+    where: Callable[[str], str] | None = None,
+) -> None:
+    """Write what these files hold, in the caller's transaction; their own rows are there already. `known`: paths that had one before.
+
+    `folder` is the root's url; `where` gives the place of a path, by default below it.
+    """
     with conn.cursor().copy("COPY staged FROM STDIN") as copy:
         for file in read:
             copy.write(file.rows)
@@ -204,7 +214,7 @@ def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequen
     conn.execute("ANALYZE staged (path, patient, study_instance_uid, series_instance_uid, sop_instance_uid, frame)")
     paths = [file.entry.path for file in read]
     parameters = {"root": root_id, "paths": paths, "other": [file.entry.path for file in read if file.other_patient]}
-    _compare(conn, root_id, folder)
+    _compare(conn, root_id, folder, where)
     parameters["grown"] = [series_id for (series_id,) in conn.execute(GROWN)]
     made = {statement: conn.execute(statement, parameters).rowcount for statement in WRITE}
     fresh = known.isdisjoint(paths)
@@ -224,25 +234,26 @@ def write(conn: psycopg.Connection[Any], root_id: int, folder: str, read: Sequen
         conn.execute(statement, parameters)
 
 
-def _compare(conn: psycopg.Connection[Any], root_id: int, folder: str) -> None:
+def _compare(conn: psycopg.Connection[Any], root_id: int, folder: str, where: Callable[[str], str] | None) -> None:
     """Hash the pixels of files that claim one UID, so that a re-encoding and a conflict are told apart (``--hash none`` and ``head``)."""
     uncompared = conn.execute(UNCOMPARED, {"root": root_id}).fetchall()
     if not uncompared:
         return
     for path, _ in uncompared:
-        content, hashes = _hashes(f"{folder}/{path}")
+        named = f"{folder}/{path}"
+        content, hashes = _hashes(where(path) if where else named, named)
         conn.execute("UPDATE staged SET content_hash = %s, pixel_hash = (%s::bytea[])[frame + 1] WHERE path = %s", [content, hashes, path])
-    for instance_id, path in conn.execute(UNHASHED, [[uid for _, uid in uncompared]]).fetchall():
-        content, hashes = _hashes(path)
+    for instance_id, place, named in conn.execute(UNHASHED, [[uid for _, uid in uncompared]]).fetchall():
+        content, hashes = _hashes(place, named)
         conn.execute("UPDATE image SET pixel_hash = (%s::bytea[])[frame + 1] WHERE instance_id = %s", [hashes, instance_id])
         conn.execute("UPDATE instance SET content_hash = %s WHERE id = %s", [content, instance_id])
 
 
-def _hashes(path: str) -> tuple[bytes, list[bytes]]:
+def _hashes(place: str, named: str) -> tuple[bytes, list[bytes]]:
     try:
-        hashes = [frame.pixel_hash or b"" for frame in dicom.read_instance(path).frames]
+        hashes = [frame.pixel_hash or b"" for frame in dicom.read_instance(place).frames]
     except FileError:  # what cannot be decoded cannot be compared: it is kept apart
-        return hashlib.sha256(path.encode()).digest(), []
+        return hashlib.sha256(named.encode()).digest(), []
     return hashlib.sha256(b"".join(hashes)).digest(), hashes
 
 

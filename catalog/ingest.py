@@ -23,10 +23,12 @@ from typing import Any
 
 import psycopg
 
-from catalog import __version__, erased, files, images, layouts, overlaps, pairings, remote
+from catalog import __version__, erased, files, images, layouts, overlaps, pairings, places, pseudonyms, remote
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
+from catalog.flags import person
 from catalog.layouts import Annotation, Found, Image, choosing
+from catalog.pseudonyms import Pseudonyms
 from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all
 
 FILES_PER_COMMIT = 5_000
@@ -83,15 +85,27 @@ class Summary:
     seconds: float = 0.0
 
 
-def find(folder: Path | str, layout: str = "auto", options: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, Found]:
+def find(
+    folder: Path | str, layout: str = "auto", options: Mapping[str, Any] = MappingProxyType({}), *, quiet: bool = False
+) -> tuple[str, Found]:
     """Return the layouts' names and what they find below a folder; reads names and small tables, no image.
 
     Raises:
-        CatalogError: If the folder cannot be used, or no layout fits, or several fit equally.
+        CatalogError: If the folder cannot be used, or no layout fits, or several fit equally; with `quiet` without names of the tree.
     """
-    tree = remote.RemoteTree(folder) if isinstance(folder, str) else layouts.Tree(_usable(folder))
-    parts = choosing.choose(tree, layout, options)
-    return "+".join(dict.fromkeys(part.name for part in parts)), choosing.read(tree, parts, options)
+    try:
+        tree = remote.RemoteTree(folder) if isinstance(folder, str) else layouts.Tree(_usable(folder))
+        parts = choosing.choose(tree, layout, options)
+        return "+".join(dict.fromkeys(part.name for part in parts)), choosing.read(tree, parts, options)
+    except CatalogError as error:
+        if not quiet:
+            raise
+        said = str(error).replace(str(folder), "the folder")
+        if isinstance(folder, Path):
+            said = said.replace(str(folder.absolute()), "the folder").replace(str(folder.resolve()), "the folder")
+        if "fit equally" in said:
+            said = "several layouts fit a folder of this tree equally; say which one by --layout"
+        raise type(error)(said) from None
 
 
 def _usable(folder: Path) -> Path:
@@ -119,6 +133,7 @@ def ingest(
     layout: str = "auto",
     options: Mapping[str, Any] = MappingProxyType({}),
     name: str | None = None,
+    names: Pseudonyms | None = None,
     hashing: Hashing | None = None,
     retry: bool = False,
     jobs: int | None = None,
@@ -133,6 +148,7 @@ def ingest(
         layout: A layout's name, or ``auto``.
         options: What the layout needs to know: a table, a pattern file, a reader.
         name: The root's name; by default the folder's.
+        names: Makes what stands for patients, UIDs, paths and names; needed for a catalog that was begun with it, refused by others.
         hashing: ``full`` (for a folder) hashes pixels and files; ``head`` the first 64 KiB of each file, no pixels; ``none`` (for a URL,
             whose objects would be fetched whole) nothing. Without pixel hashes `catalog measure` makes them later; files of one UID are
             compared all the same.
@@ -144,11 +160,12 @@ def ingest(
 
     Raises:
         CatalogError: If the folder cannot be used, no layout fits, or the database refuses.
+        UsageError: If the catalog is pseudonymized and `names` is missing or has another key, or the other way round.
     """
     begun = time.monotonic()
     asked = layout
     with _without_collector():
-        layout, found = find(folder, asked, options)
+        layout, found = find(folder, asked, options, quiet=names is not None)
     hashing = hashing or ("none" if isinstance(folder, str) else "full")
     folder = folder.rstrip("/") if isinstance(folder, str) else folder.resolve()
     try:
@@ -157,23 +174,30 @@ def ingest(
             conn.execute(images.STAGED)
             conn.execute(pairings.WANTED)
             conn.execute(pairings.DRAWN_STAGED)
-            root_id = _root(conn, folder, name)
+            root_id, url = _root(conn, str(folder), name, names)
             conn.commit()
             if _wait_alone(conn, root_id, say):
-                layout, found = find(folder, asked, options)  # again, since the other one may have seen a later state of the tree
-            summary = Summary(root=str(folder), layout=layout, chosen=found.chosen, left_over=found.left_over)
+                # again, since the other one may have seen a later state of the tree
+                layout, found = find(folder, asked, options, quiet=names is not None)
+            if names is not None:
+                names.bind(conn, str(folder))
+                found = names.found(found, layout)
+                conn.commit()
+            summary = Summary(root=url, layout=layout, chosen=found.chosen, left_over=found.left_over)
             if not found.images and found.problems and layout in choosing.ASKED:
                 # Else a table that cannot be read would make all of its files missing.
                 raise CatalogError(f"{found.problems[0].path}: {found.problems[0].message}; nothing was changed")
-            with Run(conn, root_id, layout, found, hashing) as run:
+            with Run(conn, root_id, layout, found, hashing, url, names) as run:
                 wanted: dict[str, Image | Annotation] = {item.entry.path: item for item in found.images}
                 wanted |= {item.entry.path: item for item in found.annotations}
                 with _without_collector():
                     todo, gone = _differing(conn, run, wanted, again=retry)
+                if names is not None:
+                    todo = [names.items[item.entry.path] for item in todo]
                 with contextlib.closing(
                     read_all(str(folder), todo, hashing=hashing, jobs=jobs, executor=executor, at_once=at_once, progress=progress)
                 ) as results:
-                    _ingest(conn, run, found, summary, str(folder), wanted, results, gone)
+                    _ingest(conn, run, found, summary, wanted, results if names is None else map(names.result, results), gone)
     except psycopg.Error as error:
         raise explain(error, database) from error
     summary.seconds = round(time.monotonic() - begun, 3)
@@ -195,8 +219,18 @@ def _without_collector() -> Iterator[None]:
 class Run:
     """The row of ``ingest_run``, written only once there is something to say."""
 
-    def __init__(self, conn: psycopg.Connection[Any], root_id: int, layout: str, found: Found, hashing: Hashing) -> None:
+    def __init__(
+        self,
+        conn: psycopg.Connection[Any],
+        root_id: int,
+        layout: str,
+        found: Found,
+        hashing: Hashing,
+        url: str,
+        names: Pseudonyms | None,
+    ) -> None:
         self.conn, self.root_id, self.layout, self.hashing = conn, root_id, layout, hashing
+        self.url, self.names = url, names  # the root's folder as the catalog has it
         self.files_seen = len(found.images) + len(found.annotations)
         self.problems = sorted({(problem.path, problem.code, problem.message) for problem in found.problems})
         self.files_read = self.fell_back = self.moved = 0
@@ -296,7 +330,6 @@ def _ingest(
     run: Run,
     found: Found,
     summary: Summary,
-    folder: str,
     wanted: Mapping[str, Image | Annotation],
     results: Iterable[Result],
     gone: dict[int, list[str]],
@@ -305,7 +338,7 @@ def _ingest(
     if again or gone:
         run.id  # noqa: B018  a run of its own, also when all that changed is that something is gone
     while batch := list(islice(results, FILES_PER_COMMIT)):
-        _write(conn, run, batch, folder, gone, wanted)
+        _write(conn, run, batch, gone, wanted)
         conn.commit()
         run.files_read += sum(not isinstance(result, NotPart) for result in batch)
         run.fell_back += sum(isinstance(result, Read) and result.fell_back for result in batch)
@@ -327,6 +360,8 @@ def _ingest(
         overlaps.bring_up(conn, run.root_id)
     conn.commit()
     summary.standing_errors = run.note_standing()
+    if run.names is not None:
+        run.names.write_names(conn)
     conn.commit()
     _count(conn, run, summary)
 
@@ -340,25 +375,43 @@ def _last_differs(conn: psycopg.Connection[Any], run: Run) -> bool:
     return run.problems != sorted(rows.fetchall())
 
 
-def _root(conn: psycopg.Connection[Any], folder: Path | str, name: str | None) -> int:
-    """Return the root's id; a new folder becomes a root."""
-    known = "SELECT id, name FROM root WHERE url = %s"
-    row = conn.execute(known, [str(folder)]).fetchone()
+def _root(conn: psycopg.Connection[Any], folder: str, name: str | None, names: Pseudonyms | None) -> tuple[int, str]:
+    """Return the root's id, and its folder as the catalog has it; a new folder becomes a root.
+
+    Raises:
+        UsageError: If the catalog is pseudonymized by another key or not at all, or the other way round.
+    """
+    pseudonyms.agree(conn, names)
+    row = _known_root(conn, folder, names)
     if row is None:  # root ids begin at 1, so this lock is that of making a root
         conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [LOCK_CLASS])
-        row = conn.execute(known, [str(folder)]).fetchone()
+        if not pseudonyms.agree(conn, names) and names is not None:
+            pseudonyms.begin(conn, names, person(None))
+        row = _known_root(conn, folder, names)
     if row is not None:
         if name not in (None, row[1]):
             raise CatalogError(f"--name {name}: this folder is in the catalog already, as {row[1]}; leave --name out")
-        return int(row[0])
-    wanted = name or str(folder).rpartition("/")[2] or "root"
+        return int(row[0]), row[2]
+    # A folder's name may be a patient's.
+    wanted = name or (folder.rpartition("/")[2] if names is None else "") or "root"
     taken = {taken for (taken,) in conn.execute("SELECT name FROM root WHERE starts_with(name, %s)", [wanted])}
     if name in taken:
         raise CatalogError(f"--name {name}: another root has this name; choose one that is free (see `catalog status`)")
     free = wanted if wanted not in taken else next(f"{wanted}-{n}" for n in range(2, len(taken) + 3) if f"{wanted}-{n}" not in taken)
-    row = conn.execute("INSERT INTO root (name, url) VALUES (%s, %s) RETURNING id", [free, str(folder)]).fetchone()
+    url = folder if names is None else names.root(free, folder)
+    row = conn.execute("INSERT INTO root (name, url) VALUES (%s, %s) RETURNING id", [free, url]).fetchone()
     assert row is not None
-    return int(row[0])
+    if names is not None:
+        places.write_url(conn, int(row[0]), folder)
+    return int(row[0]), url
+
+
+def _known_root(conn: psycopg.Connection[Any], folder: str, names: Pseudonyms | None) -> tuple[int, str, str] | None:
+    """Return a root's id, name and folder as the catalog has it."""
+    if names is None:
+        return conn.execute("SELECT id, name, url FROM root WHERE url = %s", [folder]).fetchone()
+    ids = [root_id for root_id, url in places.urls(conn).items() if url == folder]
+    return conn.execute("SELECT id, name, url FROM root WHERE id = ANY(%s)", [ids]).fetchone()
 
 
 def _wait_alone(conn: psycopg.Connection[Any], root_id: int, say: Callable[[str], None]) -> bool:
@@ -375,7 +428,6 @@ def _write(
     conn: psycopg.Connection[Any],
     run: Run,
     results: Sequence[Result],
-    folder: str,
     gone: dict[int, list[str]],
     wanted: Mapping[str, Image | Annotation],
 ) -> None:
@@ -390,10 +442,10 @@ def _write(
         moved = files.moved(conn, run.root_id, gone, read)
         run.moved += len(moved)
         run.known.update(moved.values())
-        files.write(conn, run.id, run.root_id, [*read, *refused], wanted, run.known)
+        files.write(conn, run.id, run.root_id, [*read, *refused], wanted, run.known, run.names)
     if read:
         if with_rows := [result for result in read if result.rows]:
-            images.write(conn, run.root_id, folder, with_rows, run.known)
+            images.write(conn, run.root_id, run.url, with_rows, run.known, None if run.names is None else run.names.where)
         pairings.write(conn, run.id, run.root_id, read)
     for file in read:
         if file.left_out:
@@ -415,7 +467,7 @@ def _write(
         pairings.retire(conn, run.root_id, paths)
     # Perhaps there was an image in it once.
     if unfit := [result for result in results if isinstance(result, NotPart)]:
-        files.write(conn, run.id, run.root_id, unfit, wanted, run.known)
+        files.write(conn, run.id, run.root_id, unfit, wanted, run.known, run.names)
         images.unplace(conn, run.root_id, [result.entry.path for result in unfit])
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import psycopg
 
-from catalog import images
+from catalog import images, places, terms
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError
 from catalog.ingest import LOCK_CLASS
@@ -44,14 +44,14 @@ NOT_THE_FILE = ("changed", "missing", "no-access", "no-decoder", "cache-limit", 
 # One that was measured before there were near hashes is measured once more, if it can have one (`nearness.near_hash`).
 UNMEASURED = """
 FROM image i JOIN location l ON l.image_id = i.id AND l.preferred JOIN file f ON f.id = l.file_id AND f.state = 'present'
-JOIN root r ON r.id = f.root_id
+JOIN place r ON r.file_id = f.id
 WHERE i.id > %(after)s AND (i.pixel_hash IS NULL OR NOT EXISTS (SELECT FROM measure m WHERE m.image_id = i.id AND (
     m.near_hash IS NOT NULL OR m.minimum >= m.maximum OR m.nans > 0 OR least(i.rows, i.columns) < 32))) AND NOT EXISTS (
     SELECT FROM flag g WHERE g.file_id = f.id AND g.state = 'open' AND g.rule IN ('FILE-UNREADABLE', 'FEED-UNREADABLE'))
 """
 COUNT = f"SELECT count(*) {UNMEASURED}"
 PAGE = f"""
-SELECT i.id, f.id, r.id, r.url, f.path, f.size, f.mtime_ns, f.format, l.coding, i.frame, i.rows, i.columns, i.samples_per_pixel,
+SELECT i.id, f.id, f.root_id, r.url, r.path, f.size, f.mtime_ns, f.format, l.coding, i.frame, i.rows, i.columns, i.samples_per_pixel,
        i.slope, i.intercept, i.modality_lut, l.byte_offset, l.byte_length, l.dtype, l.bits_stored, i.pixel_hash IS NULL
 {UNMEASURED} ORDER BY i.id LIMIT {IMAGES_PER_PAGE}
 """
@@ -253,6 +253,9 @@ def _tasks(conn: psycopg.Connection[Any], total: int) -> Iterator[list[Item]]:
 
 
 def _write(conn: psycopg.Connection[Any], batch: Sequence[Outcome], summary: Summary, say: Callable[[str], None]) -> None:
+    if places.is_pseudonymized(conn):  # decoders may quote what they read
+        batch = [outcome._replace(message=terms.REASONS.get(outcome.code, terms.REASON)) if isinstance(outcome, Left) else outcome
+                 for outcome in batch]  # fmt: skip
     _keep_ingests_out(conn, sorted({outcome.item.root_id for outcome in batch}), say)
     measured = [outcome for outcome in batch if isinstance(outcome, Measured)]
     if measured:

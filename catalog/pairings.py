@@ -40,7 +40,8 @@ IN_FILE = """CROSS JOIN LATERAL (
 
 PLANE_MM = 0.5  # how far an image's plane may lie from a point that is said to lie in it
 
-# Current annotations of the root with each image they may belong to; image_id NULL: none. `decided`: a person has said which.
+# Current annotations of the root with each image they may belong to; image_id NULL: none. `decided`: a person has said which. Derived
+# labels have theirs from what they were made for.
 #
 # What the layout's names say comes first, then what the annotation's file says (`refers_to`): a path and frame, a UID and frame, a plane.
 # The first that finds images decides. A plane is looked for in the series that is named, else in the study, else in the frame of
@@ -51,7 +52,8 @@ WITH drawn AS (
     SELECT DISTINCT a.id AS annotation_id, a.refers_to, (a.refers_to ->> 'frame')::integer AS frame, w.image_path, w.folder, w.number,
            w.unpaired
     FROM annotation a JOIN file f ON f.id = a.file_id LEFT JOIN wanted w ON w.path = f.path AND f.root_id = %(root)s
-    WHERE a.current AND (f.root_id = %(root)s AND (w.path IS NOT NULL OR %(all)s) OR %(all)s AND EXISTS (
+    WHERE a.current AND a.origin NOT IN ('interpolated', 'proposed')
+      AND (f.root_id = %(root)s AND (w.path IS NOT NULL OR %(all)s) OR %(all)s AND EXISTS (
         SELECT FROM flag g WHERE g.annotation_id = a.id AND g.rule = 'PAIR-NO-IMAGE' AND g.state = 'open'))
 ), direct AS (
     SELECT d.annotation_id, o.image_id, 1 AS turn, CASE WHEN d.number IS NULL THEN 'path' ELSE 'file-number' END AS method
@@ -199,7 +201,7 @@ WRITE: tuple[str, ...] = (
 )
 
 # Of each annotation its newest version: id, whether it is current, whether its file holds the same still (NULL: nothing under that key).
-# What a table or a pattern says about an unchanged file, its structure above all, is a part of that.
+# What a table or a pattern says about an unchanged file, its structure above all, is a part of that. Derived labels never stood in it.
 LAST_VERSION = """
 SELECT DISTINCT ON (a.file_id, a.source_key) a.id, a.current,
        CASE WHEN d.path IS NOT NULL THEN (a.content_hash, a.refers_to, s.name, r.name, a.convention, a.label)
@@ -207,6 +209,7 @@ SELECT DISTINCT ON (a.file_id, a.source_key) a.id, a.current,
 FROM unnest(%(paths)s::text[]) AS read (path) JOIN file f ON f.root_id = %(root)s AND f.path = read.path
 JOIN annotation a ON a.file_id = f.id JOIN structure s ON s.id = a.structure_id JOIN reader r ON r.id = a.reader_id
 LEFT JOIN drawn_staged d ON d.path = f.path AND d.source_key = a.source_key
+WHERE a.origin NOT IN ('interpolated', 'proposed')
 ORDER BY a.file_id, a.source_key, a.version DESC
 """
 

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from catalog import places
 from catalog.database import Database
 from catalog.errors import CatalogError
 from catalog.flags import transaction
@@ -31,12 +32,15 @@ FROM root r LEFT JOIN file f ON f.root_id = r.id GROUP BY r.id ORDER BY r.name
 """
 
 # Spread over the root, and the same ones each time that it is tried.
-SOME_FILES = "SELECT path, size FROM file WHERE root_id = %s AND state = 'present' ORDER BY sha256(convert_to(path, 'UTF8')) LIMIT %s"
+SOME_FILES = """
+SELECT p.path, f.size FROM file f JOIN place p ON p.file_id = f.id WHERE f.root_id = %s AND f.state = 'present'
+ORDER BY sha256(convert_to(f.path, 'UTF8')) LIMIT %s
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What moving a root did, or would do."""
+    """What moving a root did, or would do. In a pseudonymized catalog the places are not said."""
 
     name: str
     before: str
@@ -73,22 +77,28 @@ def move(database: Database, name: str, place: str, *, even_so: bool = False, dr
         if row is None:
             raise CatalogError(f"root {name!r}: there is none of this name; see `catalog root list`")
         root_id, before = row
+        hidden = places.urls(conn)
+        lay, said = hidden.get(root_id, before), "elsewhere" if hidden else after
         files = conn.execute("SELECT count(*) FROM file WHERE root_id = %s", [root_id]).fetchone()
         assert files is not None
-        if after == before:
-            return Moved(name, before, after, files[0], 0, 0)
+        if after == lay:
+            return Moved(name, before, before, files[0], 0, 0)
         alone(conn, [root_id])
-        if taken := conn.execute("SELECT name FROM root WHERE url = %s", [after]).fetchone():
-            raise CatalogError(f"{after}: is the place of root {taken[0]!r}; two roots cannot share one")
+        there = [other for other, url in hidden.items() if url == after]
+        if taken := conn.execute("SELECT name FROM root WHERE id = ANY(%s) OR url = %s", [there, said]).fetchone():
+            raise CatalogError(f"{'the new place' if hidden else after}: is the place of root {taken[0]!r}; two roots cannot share one")
         some = conn.execute(SOME_FILES, [root_id, LOOKED_AT]).fetchall()
         found = sum(_size(after, path) == size for path, size in some)
         if found < len(some) and not even_so:
             raise CatalogError(
-                f"{after}: of {len(some)} files of root {name!r} that were looked for, {found} are there with their size; "
-                f"nothing was changed; move the files first, or say --even-so"
+                f"{'the new place' if hidden else after}: of {len(some)} files of root {name!r} that were looked for, "
+                f"{found} are there with their size; nothing was changed; move the files first, or say --even-so"
             )
-        conn.execute("UPDATE root SET url = %s WHERE id = %s", [after, root_id])
-        return Moved(name, before, after, files[0], len(some), found)
+        # Of a root whose folder is a keyed hash too: daemons look for changes of this table.
+        conn.execute("UPDATE root SET url = %s WHERE id = %s", [before if hidden else after, root_id])
+        if hidden:
+            places.write_url(conn, root_id, after)
+        return Moved(name, before, said, files[0], len(some), found)
 
 
 def alone(conn: psycopg.Connection[Any], root_ids: Iterable[int]) -> None:

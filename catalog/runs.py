@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from catalog import erasing, roots
+from catalog import erasing, places, roots
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 from catalog.flags import transaction
@@ -122,18 +122,21 @@ def again(database: Database, run: int) -> tuple[str, str, str]:
     """
     with transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = _run(cursor, run)
+        where = cursor.execute("SELECT root_id FROM ingest_run WHERE id = %s", [run]).fetchone()
+        hidden = places.urls(conn)
+        url = hidden.get(where["root_id"] if where else 0, found["url"])
     layout = found["layout"]
     if layout in ASKED:
         raise CatalogError(f"run {run}: was read by --{layout}; say that again: catalog ingest FOLDER --{layout} …")
-    return found["url"], _layout(found["url"], layout), found["hash"]
+    return url, _layout(url, layout, quiet=bool(hidden)), found["hash"]
 
 
-def _layout(place: str, layout: str) -> str:
+def _layout(place: str, layout: str, *, quiet: bool) -> str:
     """Return how to ask for the layout that a run had: by itself, unless it would be another one now."""
     if "+" in layout:  # several, each for its part, are what looking by itself gives
         return "auto"
     try:
-        return "auto" if find(place if is_url(place) else Path(place))[0] == layout else layout
+        return "auto" if find(place if is_url(place) else Path(place), quiet=quiet)[0] == layout else layout
     except UsageError:
         return layout
 
@@ -150,6 +153,7 @@ OF_RUN = (
       AND NOT EXISTS (SELECT FROM pairing p WHERE p.image_id = l.image_id AND p.at < %(started)s)
     """,
     "INSERT INTO gone_annotation SELECT id FROM annotation WHERE ingest_run_id = %(run)s OR file_id IN (TABLE gone_file)",
+    erasing.DERIVED,
 )
 
 # Each says how many, and why that forbids it. Of a started epoch the proof of what was fed hangs on its images.
@@ -159,6 +163,9 @@ AGAINST = {
                 CROSS JOIN unnest(o.sample_ids) AS s (id) JOIN gone_image g ON g.id = s.id WHERE e.started_at IS NOT NULL)
              + (SELECT count(DISTINCT s.id) FROM epoch e JOIN epoch_order o ON o.epoch_id = e.id
                 CROSS JOIN unnest(o.annotation_ids) AS s (id) JOIN gone_annotation g ON g.id = s.id WHERE e.started_at IS NOT NULL)""",
+    "what it brought is in {} of the samples of snapshots, which are never changed; see `catalog snapshot list`": (
+        f"SELECT count(*) FROM ({erasing.IN_SNAPSHOTS}) AS s"
+    ),
     "{} of its files were read again by later runs": """
         SELECT count(*) FROM file f JOIN gone_file g ON g.id = f.id
         WHERE f.ingest_run_id > %(run)s AND f.state <> 'missing' AND f.kind <> 'annotation'""",
@@ -175,14 +182,23 @@ AGAINST = {
             OR coalesce(f.annotation_id, p.annotation_id) IN (TABLE gone_annotation))""",
 }
 
+# Who asks for labels that nobody drew decides nothing about a pairing.
+DECIDED = f"""
+SELECT count(*) FROM pairing WHERE actor NOT LIKE 'layout:%%' AND id IN ({erasing.GONE_PAIRING})
+    AND annotation_id NOT IN (SELECT annotation_id FROM derivation)
+"""
+
 # The version before is current again, and what was found about it is open again; its file must be read again, since it holds another.
-BEFORE = """
+# Not so of what nobody drew: that is made anew from what there is then.
+READ = "gone_annotation WHERE id NOT IN (SELECT annotation_id FROM derivation)"
+BEFORE = f"""
 SELECT DISTINCT ON (a.file_id, a.source_key) a.id FROM annotation a
 WHERE a.id NOT IN (TABLE gone_annotation) AND (a.file_id, a.source_key) IN (
-    SELECT o.file_id, o.source_key FROM annotation o JOIN gone_annotation g ON g.id = o.id JOIN file f ON f.id = o.file_id
-    WHERE f.state = 'present' AND f.id NOT IN (TABLE gone_file))
+    SELECT o.file_id, o.source_key FROM annotation o JOIN file f ON f.id = o.file_id
+    WHERE o.id IN (SELECT id FROM {READ}) AND f.state = 'present' AND f.id NOT IN (TABLE gone_file))
 ORDER BY a.file_id, a.source_key, a.version DESC
 """
+OLDER = f"SELECT DISTINCT file_id FROM annotation WHERE id IN (SELECT id FROM {READ}) AND file_id NOT IN (TABLE gone_file)"
 REOPEN = """
 INSERT INTO flag (rule, rule_version, severity, detail, value, annotation_id, pairing_id, raised_by)
 SELECT rule, rule_version, severity, detail, value, annotation_id, pairing_id, raised_by FROM (
@@ -195,7 +211,7 @@ UPDATE file SET mtime_ns = 0, content_hash = NULL,
     ingest_run_id = coalesce((SELECT max(a.ingest_run_id) FROM annotation a WHERE a.file_id = file.id), ingest_run_id) WHERE id = ANY(%s)
 """
 
-# Rows above that are left empty, from below; one that a person flagged stays, and one that a pruned epoch names.
+# Rows above that are left empty, from below; one that a person flagged stays, and one that a pruned epoch or a frozen split names.
 EMPTY = {
     "instance": "DELETE FROM instance n WHERE id = ANY(%(instances)s) AND NOT EXISTS (SELECT FROM image i WHERE i.instance_id = n.id) "
     "AND NOT EXISTS (SELECT FROM file f WHERE f.instance_id = n.id)",
@@ -204,7 +220,8 @@ EMPTY = {
     "study": "DELETE FROM study st WHERE id = ANY(%(studies)s) AND NOT EXISTS (SELECT FROM series se WHERE se.study_id = st.id) "
     "AND NOT EXISTS (SELECT FROM flag f WHERE f.study_id = st.id)",
     "patient": "DELETE FROM patient pt WHERE id = ANY(%(patients)s) AND NOT EXISTS (SELECT FROM study st WHERE st.patient_id = pt.id) "
-    "AND NOT EXISTS (SELECT FROM flag f WHERE f.patient_id = pt.id) AND NOT EXISTS (SELECT FROM epoch e WHERE pt.id = ANY(e.patients))",
+    "AND NOT EXISTS (SELECT FROM flag f WHERE f.patient_id = pt.id) AND NOT EXISTS (SELECT FROM epoch e WHERE pt.id = ANY(e.patients)) "
+    "AND pt.id NOT IN (SELECT sp.patient_id FROM split_patient sp JOIN split s ON s.id = sp.split_id WHERE s.frozen_at IS NOT NULL)",
 }
 ABOVE = """
 SELECT array_agg(DISTINCT n.id), array_agg(DISTINCT se.id), array_agg(DISTINCT st.id), array_agg(DISTINCT st.patient_id)
@@ -237,17 +254,13 @@ def undo(database: Database, run: int, *, dry_run: bool = False) -> Undone:
         if against:
             raise CatalogError(f"run {run}: cannot be undone: {'; '.join(against)}; nothing was changed")
         undone = Undone(run, changed=True, at=None)
-        undone.decided = _one(
-            conn, f"SELECT count(*) FROM pairing WHERE actor NOT LIKE 'layout:%%' AND id IN ({erasing.GONE_PAIRING})", parameters
-        )
+        undone.decided = _one(conn, DECIDED, parameters)
         undone.stay = _one(
             conn, "SELECT count(*) FROM file WHERE ingest_run_id = %(run)s AND first_run_id <> %(run)s AND kind <> 'annotation'", parameters
         )
-        before = [one for (one,) in conn.execute(BEFORE)]
+        before = [one for (one,) in conn.execute(BEFORE.encode())]
         undone.restored = len(before)
-        older = [one for (one,) in conn.execute(
-            "SELECT DISTINCT file_id FROM annotation WHERE id IN (TABLE gone_annotation) AND file_id NOT IN (TABLE gone_file)"
-        )]  # fmt: skip
+        older = [one for (one,) in conn.execute(OLDER.encode())]
         above = conn.execute(ABOVE).fetchone() or (None,) * 4
         undone.rows = erasing.take_out(conn, dry_run=dry_run)
         _restore(conn, before, older, dry_run)

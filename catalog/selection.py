@@ -105,6 +105,20 @@ def conditions(
     return found, parameters
 
 
+def samples(origins: Sequence[str]) -> sql.SQL:
+    """Return what stands after FROM for one label an image and structure: the view ``sample``, or the same of other origins.
+
+    The view prefers what was drawn, and of two derived labels shows one. Asked for a certain origin, it must not be the other one.
+    """
+    if set(origins) == set(DRAWN):
+        return sql.SQL("sample")
+    return sql.SQL(
+        "(SELECT DISTINCT ON (sample_id, structure_id) * FROM annotation_all "
+        "WHERE current AND pairing_state = 'accepted' AND origin = ANY(%(origins)s) "
+        "ORDER BY sample_id, structure_id, origin IN ('interpolated', 'proposed'), reader_preference, annotation_id) AS sample"
+    )
+
+
 def checked(conn: psycopg.Connection[Any], where: str | None, view: str, *, named: str = "--where") -> list[sql.Composable]:
     """Return a user's condition as SQL, an empty list for None.
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import psycopg
 from psycopg.rows import dict_row
 
-from catalog import geometry
+from catalog import geometry, terms
 from catalog.contours import Convention, FloatArray, unboxed, unflatten
 from catalog.errors import FileError
 from catalog.layouts import Entry
@@ -31,17 +31,18 @@ Array = npt.NDArray[Any]
 IMAGES = """
 SELECT i.id AS sample_id, i.frame, n.instance_number, n.sop_instance_uid, se.id AS series, se.modality, pt.patient_id AS patient, i.rows,
        i.columns, i.samples_per_pixel, i.photometric, i.row_spacing, i.column_spacing, i.position, i.phase, i.trigger_time, i.slope,
-       i.intercept, i.modality_lut, i.image_position, i.image_orientation, ro.url, f.path AS below, f.size, f.mtime_ns, f.format,
-       l.byte_offset, l.byte_length, l.dtype, l.bits_stored, l.coding
+       i.intercept, i.modality_lut, i.image_position, i.image_orientation, f.id AS file,
+       pl.url, pl.path AS below, f.size, f.mtime_ns, f.format,
+       l.byte_offset, l.byte_length, l.dtype, l.bits_stored, l.coding, EXISTS (SELECT FROM pseudonymization) AS pseudonymized
 FROM image i JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
 JOIN patient pt ON pt.id = st.patient_id LEFT JOIN location l ON l.image_id = i.id AND l.preferred
-LEFT JOIN file f ON f.id = l.file_id LEFT JOIN root ro ON ro.id = f.root_id WHERE i.id = ANY(%s)
+LEFT JOIN file f ON f.id = l.file_id LEFT JOIN place pl ON pl.file_id = f.id WHERE i.id = ANY(%s)
 """
 # What stands on them now, proposed pairings too: they are to be looked at.
 DRAWN = """
-SELECT p.image_id AS sample_id, p.id AS pairing, a.id AS annotation, s.name AS structure, r.name AS reader, a.version, a.kind, a.label,
-       p.state, m.area_px, m.area_px * i.row_spacing * i.column_spacing AS area_mm2, a.points, a.rings, a.convention, a.shift_x, a.shift_y,
-       m.rows, m.columns, m.box_row, m.box_column, m.box_rows, m.box_columns, m.bits
+SELECT p.image_id AS sample_id, p.id AS pairing, a.id AS annotation, s.name AS structure, r.name AS reader, a.version, a.kind,
+       a.origin, a.label, p.state, m.area_px, m.area_px * i.row_spacing * i.column_spacing AS area_mm2,
+       a.points, a.rings, a.convention, a.shift_x, a.shift_y, m.rows, m.columns, m.box_row, m.box_column, m.box_rows, m.box_columns, m.bits
 FROM pairing p JOIN image i ON i.id = p.image_id JOIN annotation a ON a.id = p.annotation_id AND a.current
 JOIN structure s ON s.id = a.structure_id JOIN reader r ON r.id = a.reader_id LEFT JOIN mask m ON m.pairing_id = p.id
 WHERE p.image_id = ANY(%s) AND p.state <> 'rejected' ORDER BY p.image_id, s.name, r.name, a.id
@@ -191,6 +192,16 @@ def pixels(image: Image) -> Array:
         FileError: If the file is not what was catalogued, or cannot be decoded.
         OSError: If it cannot be read.
     """
+    try:
+        return _pixels(image)
+    except FileError as error:
+        if not image["pseudonymized"]:
+            raise
+        # Decoders may quote what they read.
+        raise FileError(error.code, terms.REASONS.get(error.code, terms.REASON)) from None
+
+
+def _pixels(image: Image) -> Array:
     if image["dtype"] is not None:
         return _values(_by_offset(image), image)
     from catalog import dicom, raster, remote
@@ -205,6 +216,8 @@ def pixels(image: Image) -> Array:
 
 def unreadable(image: Image) -> str | None:
     """Return why an image cannot be shown, where the catalog knows."""
+    if image["url"] is None and image["file"] is not None:
+        return "this catalog is pseudonymized, and you may not know where its files lie"
     return "no file that holds it is present; see `catalog errors`" if image["url"] is None else None
 
 
@@ -265,6 +278,8 @@ def _drawn(row: dict[str, Any], image: Image) -> Drawn:
     label = f"{row['structure']}, version {row['version']}"
     if row["area_px"] is not None:
         label += f", {row['area_px']} px" + (f", {row['area_mm2']:.0f} mm²" if row["area_mm2"] is not None else "")
+    if row["origin"] in ("interpolated", "proposed"):
+        label += f", {row['origin']}: nobody drew it"
     if row["state"] == "proposed":
         label += ", only proposed"
     rings: list[FloatArray] = []

@@ -157,7 +157,7 @@ class Feed:
         split: A side of a split: ``"train"``, where there are several splits ``"mri/train"``; of a split with folds ``"train:2"`` (all
             folds but 2) and ``"val:2"``. With `shuffle=False` a validation feed. Of a snapshot: the side as it was then.
         origins: Which labels: by default what somebody drew, ``["contour", "segment", "label"]``. ``"interpolated"`` and ``"proposed"`` are
-            fed only where asked for, and only where nothing is drawn.
+            fed only where asked for; where something is drawn too, and asked for, that is fed.
         where: An SQL condition over the view ``sample`` (without structures: ``image_all``); it runs under a login that cannot write.
         limit: At most so many samples, the first by sample_key.
         include_flagged: Feed also what open flags of severity error speak against. What was revoked is never fed.

@@ -286,8 +286,8 @@ class Decoder:
 
     def _rescale(self, stored: NDArray[Any], sample: Sample, image: NDArray[Any]) -> None:
         """image = dtype(float64(stored) * slope + intercept), rounded once (PS3.3 C.11.1.1.2)."""
-        if sample.slope == 1 and sample.intercept == 0 and (stored.itemsize <= 2 or image.dtype != np.float16):
-            image[...] = stored  # the same number, rounded once; only 32 bits to float16 would go by way of float32
+        if sample.slope == 1 and sample.intercept == 0 and (stored.itemsize <= 2 or (stored.itemsize <= 4 and image.dtype != np.float16)):
+            image[...] = stored  # the same, rounded once; not 64 bits, nor 32 to float16
             return
         flat, out = stored.reshape(-1), image.reshape(-1)
         for start in range(0, flat.size, BLOCK):

@@ -25,7 +25,7 @@ from psycopg import IsolationLevel, sql
 
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
-from catalog.selection import DRAWN, ORIGINS, checked, conditions, known, on_side, side
+from catalog.selection import DRAWN, ORIGINS, checked, conditions, known, on_side, samples, side
 
 PART = 1_024  # positions a row of epoch_order
 FIRST = 4 * PART  # taken ahead by a top-N sort; whole parts
@@ -214,9 +214,9 @@ def _live(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
         ), parameters
     found.append(sql.SQL("structure = ANY(%(structures)s) AND area_px IS NOT NULL"))
     query = sql.SQL(
-        "SELECT sample_id, sample_key, {drawn} AS annotation_ids, rows, columns FROM sample WHERE {conditions} "
+        "SELECT sample_id, sample_key, {drawn} AS annotation_ids, rows, columns FROM {samples} WHERE {conditions} "
         "GROUP BY sample_id, sample_key, rows, columns"
-    ).format(drawn=_by_structure(definition), conditions=sql.SQL(" AND ").join(found))
+    ).format(drawn=_by_structure(definition), samples=samples(definition.origins), conditions=sql.SQL(" AND ").join(found))
     return query + _all_of(definition), parameters
 
 

@@ -247,6 +247,8 @@ def test_exposure(ingested: str, conn: psycopg.Connection) -> None:
 
 # ------------------------------------------------------------------------------------------ what must be empty
 
+# The last patient's last image has the pixels of the first one's first.
+SHARED_PIXELS = "UPDATE image SET pixel_hash = (SELECT pixel_hash FROM image ORDER BY id LIMIT 1) WHERE id = (SELECT max(id) FROM image)"
 BROKEN = {
     "constraint_state": [
         "ALTER TABLE event DISABLE TRIGGER refuse_change",
@@ -292,6 +294,19 @@ BROKEN = {
         "INSERT INTO epoch (run_id, stream_id, epoch, num_samples, catalog_changes, started_at) "
         "SELECT r.id, s.id, 0, 10, 0, now() FROM run r, stream s; "
         "INSERT INTO ledger (epoch_id, outcome, positions, consumer) SELECT id, 'delivered', '{[0,12)}', 'x:1' FROM epoch",
+    ],
+    "split_leaks": [
+        "INSERT INTO split (name, parts, actor) VALUES ('s', '{train,test}', 'x'); "
+        "INSERT INTO split_patient (split_id, patient_id, part) "
+        "SELECT s.id, p.id, CASE p.id WHEN (SELECT min(id) FROM patient) THEN 'test' ELSE 'train' END FROM split s, patient p; "
+        f"{SHARED_PIXELS}",
+        "INSERT INTO split (name, parts, folds, actor) VALUES ('s', '{train}', 2, 'x'); "
+        "INSERT INTO split_patient (split_id, patient_id, part, fold) "
+        "SELECT s.id, p.id, 'train', CASE p.id WHEN (SELECT min(id) FROM patient) THEN 1 ELSE 0 END FROM split s, patient p; "
+        f"{SHARED_PIXELS}",
+        f"{SHARED_PIXELS}; INSERT INTO split (name, parts, actor) VALUES ('s', '{{train,test}}', 'x'); "
+        "ALTER TABLE split_patient DISABLE TRIGGER guard_insert; INSERT INTO split_patient (split_id, patient_id, part) "
+        "SELECT s.id, p.id, CASE p.id WHEN (SELECT min(id) FROM patient) THEN 'test' ELSE 'train' END FROM split s, patient p",
     ],
 }  # fmt: skip
 

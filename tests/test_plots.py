@@ -1,6 +1,7 @@
 """Plots: what stands in the catalog is what is drawn, with units, as PNG and SVG."""
 
 import io
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -13,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from catalog import contours, plots
+from catalog import contours, inside, intensities, plots, threshold
 from catalog.database import Database, open_database
 from catalog.errors import UsageError
 
@@ -49,7 +50,7 @@ def test_areas_are_those_of_the_view(db: Database, conn: psycopg.Connection) -> 
         "SELECT 'X', 'error', 'x', id, 'test' FROM pairing ORDER BY id LIMIT 1"
     )
     figure = Figure()
-    plots._areas(figure, plots._rows(db, None, []))
+    plots._areas(figure, plots.masks(db, None, []))
     series = [number for (number,) in conn.execute("SELECT id FROM series ORDER BY 1").fetchall()]
     left, right = figure.axes[::2], figure.axes[1::2]
     assert len(left) == len(right) == len(series)
@@ -79,7 +80,7 @@ def test_areas_without_spacing_are_px(db: Database, conn: psycopg.Connection) ->
     """Where no mm are known the axis says px, and nothing is left out."""
     conn.execute("UPDATE image SET row_spacing = NULL, column_spacing = NULL")
     figure = Figure()
-    rows = plots._rows(db, None, [])
+    rows = plots.masks(db, None, [])
     plots._areas(figure, rows)
     assert figure.axes[0].get_ylabel().startswith("area (px")
     drawn = [y for axes in figure.axes[::2] for line in axes.get_lines() for y in line.get_ydata()]
@@ -108,7 +109,7 @@ def test_intensities_are_of_the_pixels(catalog, sunnybrook: Path, database_url: 
     """Blood pool and muscle of real samples have the means that pydicom and a mask made here give; the pool is the brighter one."""
     assert catalog("ingest", sunnybrook).returncode == 0
     with open_database(database_url) as db:
-        found, named = plots._measured(db, plots._rows(db, None, []), [], 1, lambda done, total: None)
+        found, named = intensities.measured(db, plots.masks(db, None, []), [], 1, lambda done, total: None)
     assert named == ("blood pool (inner)", "muscle (outer less inner)")
     assert len(found) == 18
     for one in found:
@@ -126,6 +127,48 @@ def test_intensities_are_of_the_pixels(catalog, sunnybrook: Path, database_url: 
         assert one.muscle == pytest.approx(pixels[masks["outer"] & ~masks["inner"]].mean())
         assert one.muscle_deviation == pytest.approx(pixels[masks["outer"] & ~masks["inner"]].std())
         assert one.pool > one.muscle
+        level = inside.otsu(pixels[masks["outer"]])
+        assert level is not None
+        above = masks["outer"] & (pixels > level)
+        both = int(above.sum() + masks["inner"].sum())
+        assert one.dice[intensities.OTSU] == pytest.approx(2 * int((above & masks["inner"]).sum()) / both)
+        assert one.dice[intensities.OTSU] <= one.dice[intensities.BEST] < 1
+    # The exercise's answer, as the docs have it.
+    figure = Figure()
+    said = intensities.draw(figure, found, named)
+    assert said[0] == "Otsu's threshold: Dice 0.856 (median of 18 samples; quartiles 0.839 and 0.902, least 0.602)"
+    assert said[1].startswith("best threshold: Dice 0.905 ") and said[2].startswith("proposed, edges: Dice 0.92")
+    assert said[-1] == "7 of 18 samples: no threshold whatever reaches 0.9"
+    drawn = sorted(y for points in figure.axes[2].collections[:1] for _, y in points.get_offsets().tolist())
+    assert drawn == pytest.approx(sorted(one.dice[intensities.OTSU] for one in found))
+
+
+def test_what_nobody_drew_is_left_out(db: Database, conn: psycopg.Connection) -> None:
+    """Masks that were derived are no points of a plot, and it is said how many there were."""
+    samples = conn.execute(
+        "UPDATE pairing SET state = 'rejected' WHERE annotation_id IN (SELECT annotation_id FROM sample WHERE structure = 'inner' "
+        "AND sample_id IN (SELECT sample_id FROM sample WHERE structure = 'outer' ORDER BY sample_key LIMIT 2)) RETURNING image_id"
+    ).fetchall()
+    before = plots.plot(db, "areas", where=None, structures=[], jobs=1, kind="svg")
+    assert before[1] == []
+    assert threshold.threshold(db, outer="outer", jobs=1, actor="somebody").proposed == len(samples) == 2
+    assert plots.plot(db, "areas", where=None, structures=[], jobs=1, kind="svg") == (
+        before[0],
+        ["2 derived masks left out: nobody drew them"],
+    )
+    with pytest.raises(UsageError, match="no mask that somebody drew fits"):
+        plot(db, "areas", where="origin = 'proposed'")
+
+
+def test_without_scipy_thresholds_are_judged_alone(catalog, ingested: str, tmp_path: Path) -> None:
+    """The question is answered with matplotlib's extra alone; what would be proposed is left out, and it is said how to get it."""
+    (tmp_path / "scipy.py").write_text("raise ImportError\n")
+    done = catalog("plot", "intensities", "-o", tmp_path / "x.png", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("catalog: ") for line in done.stderr.splitlines()]
+    assert [line.partition(":")[0] for line in lines[:2]] == ["Otsu's threshold", "best threshold"]
+    assert lines[2].endswith("samples: no threshold whatever reaches 0.9")
+    assert lines[3] == "what `catalog threshold` would propose is left out: pip install 'scanfeed[derive]'"
 
 
 def test_hostile_names_are_drawn(db: Database, conn: psycopg.Connection) -> None:
@@ -135,15 +178,15 @@ def test_hostile_names_are_drawn(db: Database, conn: psycopg.Connection) -> None
         root = ET.fromstring(plot(db, what))
         assert not [element for element in root.iter() if element.tag.endswith("script")]
     figure = Figure()
-    plots._areas(figure, plots._rows(db, None, []))
+    plots._areas(figure, plots.masks(db, None, []))
     legend = figure.axes[1].get_legend()
     assert any("_$\\bad{$" in text.get_text() for text in legend.get_texts())
 
 
 def test_where_and_structures_choose(db: Database, conn: psycopg.Connection) -> None:
     """--where is a condition over the view, run without rights; --structure leaves the others out; nothing is one clear line."""
-    assert {row.structure for row in plots._rows(db, None, ["outer"])} == {"outer"}
-    assert {row.phase for row in plots._rows(db, "phase = 0", [])} == {0}
+    assert {row.structure for row in plots.masks(db, None, ["outer"])} == {"outer"}
+    assert {row.phase for row in plots.masks(db, "phase = 0", [])} == {0}
     for where in ("true; DELETE FROM flag", "1=1) OR (1=1", "(SELECT password FROM sql_login) = 'x'"):
         with pytest.raises(UsageError, match="it must be an SQL condition over the view sample"):
             plot(db, "areas", where=where)

@@ -12,13 +12,12 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None:
-    """Every command and Python block under "The five things", "Trainings that go on" and "Know what you train on", copied out in this
-    order, runs without an error.
-    """
-    titles = ("The five things", "Trainings that go on", "Know what you train on")
+    """Every command and Python block under "The five things" and three more sections, copied out in this order, runs without an error."""
+    titles = ("The five things", "Trainings that go on", "Know what you train on", "Sets that can be proved")
     sections = [re.search(rf"^## {title}$(.*?)^## ", README, re.M | re.S) for title in titles]
     blocks = [found for section in sections if section for found in re.findall(r"^```(sh|python)\n(.*?)^```", section[1], re.M | re.S)]
-    assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh", "python", "sh", "sh", "sh", "sh", "sh"]
+    assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh", "python", "sh", "sh", "sh", "sh", "sh",
+                                           "sh", "python", "sh"]  # fmt: skip
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []
     for kind, written in blocks:
@@ -36,3 +35,5 @@ def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None
     assert "SERIES-INCOMPLETE" in printed[9] and "looked at it: is right" in printed[9]
     assert (tmp_path / "gallery").is_dir() and (tmp_path / "areas.png").stat().st_size > 10_000
     assert "looked at it: is right" in printed[11]
+    assert "is what was frozen" in printed[12] and (tmp_path / "v1.h5").stat().st_size > 100_000
+    assert "interpolated" in printed[14] and (tmp_path / "intensities.png").stat().st_size > 10_000

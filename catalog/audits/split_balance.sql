@@ -16,10 +16,10 @@ SELECT s.name AS split, sp.part, sp.fold, count(*) AS patients,
        coalesce(sum(c.images), 0)::bigint AS images, coalesce(sum(c.annotated), 0)::bigint AS annotated, s.frozen_at IS NOT NULL AS frozen
 FROM split s CROSS JOIN patient pt LEFT JOIN split_patient sp ON (sp.split_id, sp.patient_id) = (s.id, pt.id)
 LEFT JOIN (
-    SELECT st.patient_id, count(*) AS images, count(*) FILTER (WHERE EXISTS (
-               SELECT FROM pairing p JOIN annotation a ON a.id = p.annotation_id WHERE p.image_id = i.id AND p.state = 'accepted' AND a.current
-           )) AS annotated
+    SELECT st.patient_id, count(*) AS images, count(d.image_id) AS annotated
     FROM image i JOIN instance n ON n.id = i.instance_id JOIN series se ON se.id = n.series_id JOIN study st ON st.id = se.study_id
+    LEFT JOIN (SELECT DISTINCT p.image_id FROM pairing p JOIN annotation a ON a.id = p.annotation_id
+               WHERE p.state = 'accepted' AND a.current) d ON d.image_id = i.id
     GROUP BY st.patient_id
 ) c ON c.patient_id = pt.id
 GROUP BY s.id, sp.part, sp.fold

@@ -28,4 +28,4 @@ JOIN study st ON st.id = c.study_id JOIN patient ip ON ip.id = st.patient_id
 JOIN file f ON f.id = a.file_id
 LEFT JOIN instance fn ON fn.id = f.instance_id LEFT JOIN series fs ON fs.id = fn.series_id LEFT JOIN study ft ON ft.id = fs.study_id
 LEFT JOIN patient ap ON ap.id = ft.patient_id AND ap.patient_id <> ''
-WHERE ap.id IS NULL AND (a.refers_to ->> 'original_id' IS NULL OR ip.original_id IS NULL)
+WHERE a.origin NOT IN ('interpolated', 'proposed') AND ap.id IS NULL AND (a.refers_to ->> 'original_id' IS NULL OR ip.original_id IS NULL)

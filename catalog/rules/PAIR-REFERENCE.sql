@@ -23,4 +23,4 @@ WHERE a.current AND CASE WHEN a.refers_to ->> 'sop_instance_uid' <> ''
 -- not evaluated
 SELECT count(*), 'annotations whose source names no image, but a number or a place'
 FROM annotation a
-WHERE a.current AND coalesce(a.refers_to ->> 'sop_instance_uid', a.refers_to ->> 'path', '') = ''
+WHERE a.current AND a.origin NOT IN ('interpolated', 'proposed') AND coalesce(a.refers_to ->> 'sop_instance_uid', a.refers_to ->> 'path', '') = ''
