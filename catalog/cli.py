@@ -376,6 +376,7 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
             "SELECT rule, severity, count(*) FROM flag WHERE state = 'open' GROUP BY 1, 2 ORDER BY severity, rule"
         ).fetchall()
         revoked = flags.revoked(conn)
+        frozen = conn.execute("SELECT snapshot, samples, erased, revoked, flagged FROM snapshot_contents").fetchall()
         version = schema_version(db)
     if as_json:
         found = {
@@ -386,6 +387,7 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
             "samples": [dict(zip(("structure", "samples", "with_errors"), row, strict=True)) for row in samples],
             "open_flags": [dict(zip(("rule", "severity", "count"), row, strict=True)) for row in open_flags],
             "revoked": revoked,
+            "snapshots": [dict(zip(("name", "samples", "erased", "revoked", "flagged"), row, strict=True)) for row in frozen],
         }
         typer.echo(json.dumps(found, indent=2))
         return
@@ -399,6 +401,9 @@ def status(database: DatabaseUrl = None, as_json: AsJson = False) -> None:
         typer.echo(f"  open flags {rule} ({severity}): {count}")
     if revoked:
         typer.echo(f"  revoked: {number(revoked, 'sample')}, of which nothing is fed")
+    for name, count, *since in frozen:
+        became = [f"{many} {what}" for many, what in zip(since, ("erased", "revoked", "with open errors"), strict=True) if many]
+        typer.echo(f"  snapshot {name}: {number(count, 'sample')}" + (f", of which now {', '.join(became)}" if became else ""))
     if not roots:
         typer.echo("  nothing ingested yet: catalog ingest FOLDER")
 

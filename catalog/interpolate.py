@@ -31,7 +31,7 @@ from catalog.selection import DRAWN, conditions
 
 Along = Literal["slices", "phases", "both"]
 # Chosen by leaving drawn slices out, see docs/sets.md: over three slices of 10 mm the median Dice of inner contours is above 0.9, over
-# four it is not. In time nothing can be left out of the real studies; their drawn phases are 410 to 455 ms apart.
+# four it is not. In time nothing can be left out of the real studies; their drawn phases are 410 to 459 ms apart.
 WIDEST_MM, WIDEST_MS = 35.0, 500.0
 UNITS = {"slices": "mm", "phases": "ms"}
 HERE = 0.01  # mm or ms: nearer than that is the same place, as for phases (`images.number_phases`)

@@ -108,11 +108,33 @@ def test_a_snapshot_ignores_what_came_later(ingested: str, conn: psycopg.Connect
 
 
 def test_what_is_revoked_leaves_a_snapshot(ingested: str, conn: psycopg.Connection) -> None:
-    """A patient who withdraws is fed from no snapshot either."""
+    """A patient who withdraws is fed from no snapshot either, nor planned, so that steps are counted without."""
     conn.execute(SNAPSHOT, {"name": "v1", "definition": "{}"})
     with database.open_database(ingested) as db:
         flags.withdraw(db, "SYN0002", reason="asked to")
-    assert fed(snapshot="v1") == samples(conn, "SYN0001", "SYN0003")
+    left = samples(conn, "SYN0001", "SYN0003")
+    assert fed(snapshot="v1") == left
+    with Feed(structures=["inner"], snapshot="v1") as feed:
+        assert feed.num_samples == len(left)
+
+
+def test_status_says_what_became_of_a_snapshot(ingested: str, conn: psycopg.Connection, catalog: Run) -> None:
+    """A stream on a snapshot ignores flags, so `catalog status` counts the samples that have one by now, and those that are revoked."""
+    conn.execute(SNAPSHOT, {"name": "v1", "definition": "{}"})
+    count = len(samples(conn, "SYN0001", "SYN0002", "SYN0003"))
+    assert f"  snapshot v1: {count} samples\n" in catalog("status").stdout
+    image, other, *_ = samples(conn, "SYN0001")
+    conn.execute("INSERT INTO flag (rule, severity, detail, image_id, raised_by) VALUES ('X', 'error', 'x', %s, 'me')", [image])
+    conn.execute(
+        "INSERT INTO flag (rule, severity, detail, pairing_id, raised_by) SELECT 'X', 'error', 'x', m.pairing_id, 'me' "
+        "FROM snapshot_mask m JOIN snapshot_sample USING (snapshot_id, number) WHERE image_id = %s",
+        [other],
+    )
+    with database.open_database(ingested) as db:
+        flags.withdraw(db, "SYN0002", reason="asked to")
+    gone = len(samples(conn, "SYN0002"))
+    # What is revoked is an open error, too.
+    assert f"  snapshot v1: {count} samples, of which now {gone} revoked, {gone + 2} with open errors\n" in catalog("status").stdout
 
 
 def test_the_sides_of_a_snapshot_stay(ingested: str, conn: psycopg.Connection) -> None:
