@@ -30,9 +30,9 @@ from catalog.flags import person
 from catalog.layouts import Annotation, Found, Image, choosing
 from catalog.pseudonyms import Pseudonyms
 from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all
+from catalog.roots import LOCK_CLASS
 
 FILES_PER_COMMIT = 5_000
-LOCK_CLASS = 0x5CA9  # advisory lock (LOCK_CLASS, root id): one ingest a root at a time
 
 LAST_RUN = "SELECT id, state FROM ingest_run WHERE root_id = %s ORDER BY id DESC LIMIT 1"
 

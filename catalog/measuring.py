@@ -25,9 +25,9 @@ import psycopg
 from catalog import images, places, terms
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError
-from catalog.ingest import LOCK_CLASS
 from catalog.nearness import near_hash
 from catalog.reading import Progress, processes
+from catalog.roots import LOCK_CLASS
 
 IMAGES_PER_TASK = 64
 TASKS_AT_ONCE = 16

@@ -15,8 +15,9 @@ from catalog import places
 from catalog.database import Database
 from catalog.errors import CatalogError
 from catalog.flags import transaction
-from catalog.ingest import LOCK_CLASS
 from catalog.remote import is_url, opened
+
+LOCK_CLASS = 0x5CA9  # advisory lock (LOCK_CLASS, root id): one ingest a root at a time
 
 # s. An ingest that has just ended holds its lock until the server sees that its connection is gone.
 PAUSES = (0.0, 0.05, 0.2, 0.5)

@@ -17,10 +17,11 @@ from catalog import erasing, places, roots
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 from catalog.flags import transaction
-from catalog.ingest import LOCK_CLASS, STANDING, find
+from catalog.ingest import STANDING, find
 from catalog.layouts.choosing import ASKED
 from catalog.pairings import RETIRED
 from catalog.remote import is_url
+from catalog.roots import LOCK_CLASS
 
 # A run that says running while nobody holds its root's lock was killed.
 RUN = f"""

@@ -15,7 +15,7 @@ import pytest
 
 from catalog import cli, database, digest, erased, erasing, ingest
 from catalog.errors import CatalogError, UsageError
-from catalog.ingest import LOCK_CLASS
+from catalog.roots import LOCK_CLASS
 from loaderd import runs
 from tests.test_flags import feed
 

@@ -30,6 +30,13 @@ def test_a_trainer_loads_neither_sqlalchemy_nor_pydicom() -> None:
     assert loaded & {"sqlalchemy", "alembic", "pydicom", "PIL", "typer", "rich"} == set()
 
 
+def test_a_command_loads_what_it_needs() -> None:
+    """What takes long to load stays out of commands that do not read images: `import catalog.cli` loads neither pydicom nor SQLAlchemy."""
+    loaded = loaded_by("catalog.cli")
+    assert "typer" in loaded
+    assert loaded & {"pydicom", "sqlalchemy", "alembic", "PIL", "scipy", "matplotlib", "h5py"} == set()
+
+
 def test_the_embedded_server_needs_the_standard_library_alone() -> None:
     """`import catalog.embedded` loads nothing that is installed: its keeper runs without site-packages."""
     assert loaded_by("catalog.embedded") - sys.stdlib_module_names == {"catalog"}

@@ -513,6 +513,8 @@ def test_stratify(conn: psycopg.Connection, database_url: str) -> None:
         for wrong in ("", "nothing", "phase)", "1) IS NULL OR (true", "phase, 1", "count(*)", "phase; SELECT 1", "(SELECT",
                       "1/(phase - phase)", "'a'::integer", "lo_create(0)", "pg_sleep(100), 1", "\udcff", "phase /*",
                       "rank() OVER ()"):  # fmt: skip
+            if wrong == "lo_create(0)" and conn.info.server_version < 160000:
+                continue  # there everybody may make large objects; what a reading connection makes is rolled back
             with pytest.raises((UsageError, CatalogError), match=r"^(--stratify|database|the embedded)"):
                 splits.create(db, "wrong", ratios=parse_ratios("50,50"), stratify=wrong, actor="ada")
     assert {one for (one,) in conn.execute("SELECT name FROM split").fetchall()} == {"s", "t", "u"}
