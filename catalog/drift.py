@@ -8,14 +8,12 @@ the rows as they are now, looks at each file, and compares the pixels of those t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import psycopg
 from psycopg.rows import class_row
 
@@ -25,6 +23,7 @@ from catalog.errors import CatalogError, FileError
 from catalog.flags import transaction
 from catalog.measuring import Item
 from catalog.reading import Progress
+from catalog.statistics import pixel_hash_of
 from catalog.workers import mapped
 
 FILES_AT_ONCE = 16  # looked at: a network storage answers late, and many at a time
@@ -260,7 +259,7 @@ def _compared(item: Item, pixel_hash: bytes) -> Problem | None:
         raise  # a setting of this machine that cannot be right
     except Exception as error:  # the text could hold a value of its header
         return Problem(item.image_id, "unreadable", f"decoding it failed with {type(error).__name__}")
-    if hashlib.sha256(np.ascontiguousarray(stored, stored.dtype.newbyteorder("<")).data).digest() == pixel_hash:
+    if pixel_hash_of(stored) == pixel_hash:
         return None
     return Problem(item.image_id, "changed", "its pixels are others; bring the file back, or run `catalog ingest` on its root again")
 

@@ -11,7 +11,6 @@ Equal samples give equal bytes: no time, user or process number is written.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from catalog import viewing
 from catalog.contours import BoolArray, unboxed
 from catalog.errors import CatalogError, FileError
 from catalog.measuring import Item, stored_values
+from catalog.statistics import pixel_hash_of
 
 Array = npt.NDArray[Any]
 KEY_BYTES = 36  # of a uuid as text
@@ -130,7 +130,7 @@ def pixels(sample: Sample, dtype: str) -> Array:
             raise FileError("missing", f"its file cannot be opened ({error.strerror}); bring it back, or see `catalog root move`") from None
         item = item._replace(size=status.st_size, mtime_ns=status.st_mtime_ns)
     stored = stored_values(item)
-    if hashlib.sha256(np.ascontiguousarray(stored, stored.dtype.newbyteorder("<")).data).digest() != sample.pixel_hash:
+    if pixel_hash_of(stored) != sample.pixel_hash:
         raise FileError("changed", "its pixels are not those of the snapshot any more; bring its file back as it was")
     with np.errstate(over="ignore", invalid="ignore"):
         if item.modality_lut:

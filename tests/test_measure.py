@@ -30,7 +30,8 @@ from pydicom import Dataset, dcmread
 from pydicom.uid import RLELossless
 
 from catalog import database, ingest, measuring
-from catalog.measuring import Statistics, Summary, statistics
+from catalog.measuring import Summary
+from catalog.statistics import Statistics, statistics
 from tests.conftest import DATA
 from tests.processes import wait_until
 

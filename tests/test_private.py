@@ -124,7 +124,7 @@ def commands(folder: Path, out: Path, key: Path | None) -> list[list[str]]:
         ["snapshot", "create", "frozen", "--split", "parts", "--include-flagged"], ["snapshot", "list"],
         ["snapshot", "show", "frozen", "--json"], ["snapshot", "verify", "frozen", "--full"],
         ["export", "frozen", str(out / "frozen.h5"), "--to", "hdf5"], ["export", "frozen", str(out / "tars"), "--to", "webdataset"],
-        ["interpolate", "--structure", "inner", "--dry-run"], ["threshold", "--outer", "inner", "--dry-run"],
+        ["interpolate", "--structure", "inner"], ["threshold", "--outer", "inner", "--inner", "pool", "--jobs", "1"],
     ]  # fmt: skip
     after = [
         ["snapshot", "verify", "frozen", "--full"], ["measure", "--jobs", "1"], ["show", "2", "-o", str(out / "gone.png")],

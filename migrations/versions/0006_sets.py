@@ -454,7 +454,7 @@ CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON split FOR EACH STATEMENT EXECU
 CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON split_patient FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 """
 
-# A snapshot's rows come in one transaction and stay. Of a patient who is erased the digests alone are left.
+# A snapshot's rows come in one transaction and stay. Of a patient who is erased, in that transaction, the digests alone are left.
 SNAPSHOTS = """
 CREATE TRIGGER refuse_change BEFORE UPDATE OR DELETE OR TRUNCATE ON snapshot FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON snapshot_sample FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
@@ -478,7 +478,9 @@ CREATE FUNCTION guard_snapshot_sample() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'UPDATE' AND OLD.erasure_id IS NULL AND NEW.erasure_id IS NOT NULL
         AND (OLD.snapshot_id, OLD.number, OLD.sha256) = (NEW.snapshot_id, NEW.number, NEW.sha256)
-        AND (OLD.part, OLD.fold) IS NOT DISTINCT FROM (NEW.part, NEW.fold) THEN
+        AND (OLD.part, OLD.fold) IS NOT DISTINCT FROM (NEW.part, NEW.fold) AND EXISTS (
+            SELECT FROM erasure e WHERE e.id = NEW.erasure_id AND e.xmin::text::bigint = pg_current_xact_id()::text::bigint & 4294967295
+        ) THEN
         RETURN NEW;
     END IF;
     RAISE EXCEPTION 'a snapshot is frozen: its rows are never changed or deleted' USING ERRCODE = 'insufficient_privilege';
