@@ -541,8 +541,8 @@ def test_server_that_does_not_start(home):
 
 def test_hanging_server(home, monkeypatch):
     """A server that is there but gives no answer is waited for, not started twice on the same data; then an error says so."""
-    monkeypatch.setattr(embedded, "START_SECONDS", 0.2)
     with embedded.use(home):
+        monkeypatch.setattr(embedded, "START_SECONDS", 0.2)
         stopped = [pid for pid in processes(home) if pid != keeper(home)]
         pid = postmaster(home)
         for each in stopped:
