@@ -60,16 +60,14 @@ def server_url(request: pytest.FixtureRequest) -> Iterator[str]:
             from testcontainers.postgres import PostgresContainer
 
         with PostgresContainer(IMAGE, username="postgres", password=uuid.uuid4().hex, dbname="postgres", driver=None) as container:
+            _hurry(container.get_connection_url())
             yield container.get_connection_url()
     elif chosen == "embedded":
         # Not in pytest's folder, which only its user may enter: as root the server runs as another.
         home = Path(tempfile.mkdtemp(prefix="scanfeed-test-"))
         with embedded.use(home) as server:
             url = f"postgresql://{server.user}@/postgres?host={server.host}&port={server.port}"
-            # No power failure is tested here, and a test's own database costs half as much.
-            with psycopg.connect(url, autocommit=True) as conn:
-                conn.execute("ALTER SYSTEM SET fsync = off")
-                conn.execute("SELECT pg_reload_conf()")
+            _hurry(url)
             yield url
         with embedded.use(home):  # returns once the server above has ended
             pass
@@ -173,6 +171,13 @@ def sunnybrook() -> Path:
 def _run(module: str, arguments: tuple[object, ...], **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 120, "cwd": "/", **options})  # type: ignore[call-overload, no-any-return]
+
+
+def _hurry(server_url: str) -> None:
+    """Have a server that is made for the tests not wait for the disk: no power failure is tested, and a test's own database costs half."""
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        conn.execute("ALTER SYSTEM SET fsync = off")
+        conn.execute("SELECT pg_reload_conf()")
 
 
 def _create(server_url: str, name: str, template: str) -> None:
