@@ -12,7 +12,7 @@ NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py di
 	raster.py table.py pattern.py layout_sunnybrook.py measure.py all_files.py layouts.py executors.py remote.py ingest_scale.py \
 	crashes.py top.py readme.py nearness.py shapes.py rulefiles.py gallery.py plots.py qa_docs.py rules_mask.py shift.py \
 	faults.py ingest_errors.py interpolate.py threshold.py export.py private.py privacy_docs.py pseudonyms.py planted.py \
-	decode.py named.py ingest.py))
+	decode.py named.py ingest.py feed.py ranks.py))
 # Tests wait for processes more than they compute. A file's tests stay in one process, as they share what it made.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 WORKERS ?= 3
