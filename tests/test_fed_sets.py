@@ -225,6 +225,35 @@ def test_a_derived_label_is_fed_only_when_asked_for(ingested: str, conn: psycopg
     assert fed(origins=[origin]) == [image]
 
 
+def test_of_two_derived_labels_the_one_that_is_asked_for(ingested: str, conn: psycopg.Connection) -> None:
+    """Where an image has an interpolated and a proposed label, each is fed where its origin is asked for, whichever came first."""
+    image = derive(conn, "interpolated")
+    conn.execute(
+        """
+        WITH drawn AS (
+            INSERT INTO annotation (file_id, source_key, reader_id, structure_id, kind, origin, rows, columns, box, bits, content_hash,
+                                    ingest_run_id)
+            SELECT file_id, 'other', reader_id, structure_id, kind, 'proposed', rows, columns, ARRAY[0, 0, 1, 8], '\\xf0', sha256('p'),
+                   ingest_run_id FROM annotation WHERE source_key = 'derived' RETURNING id, rows, columns
+        ), paired AS (
+            INSERT INTO pairing (annotation_id, image_id, method, rule, score, state, actor)
+            SELECT id, %s, 'threshold', 'inside', 0.5, 'accepted', 'me' FROM drawn RETURNING id
+        )
+        INSERT INTO mask (pairing_id, rows, columns, box_rows, box_columns, bits)
+        SELECT p.id, d.rows, d.columns, 1, 8, '\\xf0' FROM paired p, drawn d
+        """,
+        [image],
+    )
+    for origin, pixels in (("interpolated", 8), ("proposed", 4)):
+        with Feed(structures=["inner"], origins=["contour", origin]) as feed:
+            found = {
+                sample: int(mask.sum())
+                for batch in feed.epoch()
+                for sample, mask in zip(batch.sample_ids.tolist(), batch.masks, strict=True)
+            }
+        assert found[image] == pixels
+
+
 def test_a_derived_label_falls_with_its_parents(ingested: str, conn: psycopg.Connection) -> None:
     """When a parent is rejected the derived label is rejected by the database itself, and when it is deleted the label goes with it."""
     image = derive(conn, "interpolated")
