@@ -22,6 +22,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from catalog import database, embedded, ingest, synthetic
+from tests.processes import server_ended
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SCANFEED_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -69,9 +70,8 @@ def server_url(request: pytest.FixtureRequest) -> Iterator[str]:
             url = f"postgresql://{server.user}@/postgres?host={server.host}&port={server.port}"
             _hurry(url)
             yield url
-        with embedded.use(home):  # returns once the server above has ended
-            pass
-        shutil.rmtree(home, ignore_errors=True)
+        assert server_ended(home)
+        shutil.rmtree(home)
     else:
         yield chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -36,3 +37,17 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def server_ended(home: Path, timeout_s: float = 30) -> bool:
+    """Wait until no process of a home's embedded PostgreSQL is left: all of them hold its server.lock. False if one is."""
+
+    def free() -> bool:
+        with (home / "server.lock").open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    return not (home / "server.lock").exists() or wait_until(free, timeout_s)

@@ -21,10 +21,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from catalog import database, embedded, ingest, synthetic
+from catalog import database, ingest, synthetic
 from loaderd import Feed, FeedError, attach
 from tests.faults.harness import INJECT, SMALL_SHM, Harness, Scenario, shared_memory, undisturbed
-from tests.processes import daemons, wait_until
+from tests.processes import daemons, server_ended, wait_until
 from tests.test_feed import order
 from tests.test_ranks import two_hosts
 
@@ -58,10 +58,8 @@ def own_server(many_contours: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     with database.open_database() as db:
         ingest.ingest(db, many_contours, jobs=1)
     yield home
-    with embedded.use(home):  # returns once nobody ends the server under us
-        pass
-    assert wait_until(lambda: not list(home.glob("postgresql/.s.PGSQL.5432")), 30)
-    shutil.rmtree(home, ignore_errors=True)
+    assert server_ended(home)
+    shutil.rmtree(home)
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ import numpy as np
 import psycopg
 import pytest
 
-from catalog import contours, database, digest, embedded, ingest, synthetic
+from catalog import contours, database, digest, ingest, synthetic
 from catalog.errors import FileError
 from catalog.ingest import Summary
 from catalog.layouts import Problem, Tree, sunnybrook
 from tests.conftest import REPOSITORY
-from tests.processes import wait_until
+from tests.processes import server_ended, wait_until
 from tests.test_ingest import ALL_FED, ask, contour, fed, group, image, open_flags, program, start, tuples
 from tests.test_ingest_scale import make_tree
 
@@ -302,6 +302,7 @@ def test_the_databases_disk_fills_up(tmp_path: Path, database_url: str, take_in:
     try:
         found = in_small_disk(home, "400m", FULL_DATABASE, tmp_path / "arrived", left)
     finally:
+        assert server_ended(home)
         shutil.rmtree(home)
     code, said = found["full"]
     assert code == 5 and one_line(said), said
@@ -354,10 +355,8 @@ def own_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("CATALOG_HOME", str(home))
     database.open_database(home=home).close()
     yield home
-    with embedded.use(home):  # returns once nobody ends the server under us
-        pass
-    assert wait_until(lambda: not list(home.glob("postgresql/.s.PGSQL.5432")), 30)
-    shutil.rmtree(home, ignore_errors=True)
+    assert server_ended(home)
+    shutil.rmtree(home)
 
 
 def test_the_database_goes_away(tmp_path: Path, own_home: Path, new_database: Callable[[], str]) -> None:

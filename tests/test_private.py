@@ -36,6 +36,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from catalog import embedded, lettering
 from tests import identified
 from tests.identities import KINDS, NUMBERS, Planted, value
+from tests.processes import server_ended
 from tests.test_privacy_docs import kept_attributes
 
 KEY = bytes(range(48))
@@ -203,6 +204,7 @@ def entered() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="scanfeed-private-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
+        assert server_ended(Path(name) / "home")  # it must not write where we delete
 
 
 @pytest.fixture(scope="module")
