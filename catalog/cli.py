@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from catalog.cli_split import split_app
 from catalog.cli_threshold import threshold
 from catalog.database import Database, open_database, schema_version, upgrade
 from catalog.errors import CatalogError, UsageError
-from catalog.output import AsJson, DatabaseUrl, number, plural, print_json, print_table, progress, say
+from catalog.output import AsJson, DatabaseUrl, number, plural, print_json, progress, run, say
 
 if TYPE_CHECKING:
     from catalog.pseudonyms import Pseudonyms
@@ -45,7 +44,6 @@ app.add_typer(split_app, name="split")
 app.add_typer(snapshot_app, name="snapshot")
 for command in (cli_audit.audit, cli_audit.schema, cli_audit.sql, export, interpolate, threshold):
     app.command()(command)
-_print_table = print_table  # loaderd.cli imports it by this name
 
 
 class Hash(StrEnum):
@@ -428,36 +426,6 @@ def errors(
         if len(rows) > 1:
             by_code = Counter(code for *_, code, _ in rows).most_common()
             say(f"{number(len(rows), 'error')}: {', '.join(f'{count} {code}' for code, count in by_code)}; see `catalog runs show`")
-
-
-# Typer exports neither, and since 0.16 carries a click of its own.
-_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
-
-
-def run(command: typer.Typer, name: str) -> None:
-    """Run a command line: an expected error is one line on stderr and its exit code, Ctrl-C is 130."""
-    try:
-        code = command(prog_name=name, standalone_mode=False)
-        if code == 130:  # how newer Typers say that Ctrl-C came
-            raise KeyboardInterrupt
-        sys.exit(code)
-    except CatalogError as error:
-        typer.echo(f"{name}: {error}", err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo(f"{name}: interrupted; the same command goes on where this one ended", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # `catalog sql … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"{name}: {where}{error.strerror or error}", err=True)
-        sys.exit(1)
-    except _ClickException as error:
-        if message := error.format_message().rstrip("."):  # type: ignore[attr-defined] # empty: help was printed
-            typer.echo(f"{name}: {message}; see `{name} --help`", err=True)
-        sys.exit(2)
 
 
 def main() -> None:

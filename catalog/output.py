@@ -1,9 +1,10 @@
-"""What the commands of `catalog` share: their common options, and how they print."""
+"""What the commands of `catalog` and `loaderd` share: their common options, how they print, and how they end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from catalog.errors import UsageError
+from catalog.errors import CatalogError, UsageError
 
 DatabaseUrl = Annotated[
     str | None,
@@ -122,3 +123,33 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total, rate=f"{speed:.0f} files/s" if speed else "")
 
         yield update
+
+
+# Typer exports neither, and since 0.16 carries a click of its own.
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def run(command: typer.Typer, name: str) -> None:
+    """Run a command line: an expected error is one line on stderr and its exit code, Ctrl-C is 130."""
+    try:
+        code = command(prog_name=name, standalone_mode=False)
+        if code == 130:  # how newer Typers say that Ctrl-C came
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except CatalogError as error:
+        typer.echo(f"{name}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo(f"{name}: interrupted; the same command goes on where this one ended", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `catalog sql … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"{name}: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
+    except _ClickException as error:
+        if message := error.format_message().rstrip("."):  # type: ignore[attr-defined] # empty: help was printed
+            typer.echo(f"{name}: {message}; see `{name} --help`", err=True)
+        sys.exit(2)

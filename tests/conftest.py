@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from catalog import database, embedded, ingest, synthetic
+from tests import commands
 from tests.processes import server_ended
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,11 +36,23 @@ hypothesis.settings.load_profile("scanfeed")
 # A shell that runs the suite in the background has it ignore Ctrl-C, and so would every process that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files whose tests take over 20 s, the longest first.
+LONG = [f"test_{name}" for name in (
+    "private", "ingest", "feed", "pseudonyms", "planted", "faults", "ranks", "access", "crashes", "export", "coverage", "embedded",
+    "fed_sets", "ingest_errors", "ingest_scale", "isolation", "top", "flags", "qa", "runs", "splits", "snapshots", "rules_series",
+    "million",
+)]  # fmt: skip
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--postgres", default="embedded", help="embedded, container (testcontainers) or a superuser's postgresql:// URL")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: processes take files in this order, and one that starts last keeps the others waiting."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +73,9 @@ def server_url(request: pytest.FixtureRequest) -> Iterator[str]:
         except ImportError:  # before 4.15
             from testcontainers.postgres import PostgresContainer
 
-        with PostgresContainer(IMAGE, username="postgres", password=uuid.uuid4().hex, dbname="postgres", driver=None) as container:
+        made = PostgresContainer(IMAGE, username="postgres", password=uuid.uuid4().hex, dbname="postgres", driver=None)
+        # In memory: hundreds of databases are made and dropped.
+        with made.with_env("PGDATA", "/data/postgresql").with_tmpfs_mount("/data") as container:
             _hurry(container.get_connection_url())
             yield container.get_connection_url()
     elif chosen == "embedded":
@@ -133,16 +148,22 @@ def conn(database_url: str) -> Iterator[psycopg.Connection]:
         yield connection
 
 
+@pytest.fixture(scope="session")
+def _forking() -> Iterator[socket.socket]:
+    with commands.forking() as door:
+        yield door
+
+
 @pytest.fixture
-def catalog() -> Run:
+def catalog(_forking: socket.socket) -> Run:
     """Run `catalog` as a process."""
-    return lambda *arguments, **options: _run("catalog.cli", arguments, **options)
+    return lambda *arguments, **options: commands.run(_forking, "catalog.cli", arguments, **options)
 
 
 @pytest.fixture
-def loaderd() -> Run:
+def loaderd(_forking: socket.socket) -> Run:
     """Run `loaderd` as a process."""
-    return lambda *arguments, **options: _run("loaderd", arguments, **options)
+    return lambda *arguments, **options: commands.run(_forking, "loaderd", arguments, **options)
 
 
 @pytest.fixture(scope="session")
@@ -166,11 +187,6 @@ def sunnybrook() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real studies are not in {folder}; set SCANFEED_DATA")
     return folder
-
-
-def _run(module: str, arguments: tuple[object, ...], **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 120, "cwd": "/", **options})  # type: ignore[call-overload, no-any-return]
 
 
 def _hurry(server_url: str) -> None:

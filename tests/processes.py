@@ -29,8 +29,8 @@ def workers() -> list[int]:
     return [pid for pid in daemons() if b"loaderd.decode" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
-    """Wait for something that another process does; False if it did not happen in time."""
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+    """Wait for something that another process does; False if it did not happen in time, which is meant for busy machines."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -766,7 +766,7 @@ def test_interrupted(three: Path, conn: Conn, tmp_path: Path, take_in: Callable[
     _, said = process.communicate(timeout=60)
     assert time.monotonic() - begun < 10  # 0.3 s on an idle machine; reading on takes over 20 s
     assert (process.returncode, said) == (130, "catalog: interrupted; the same command goes on where this one ended\n")
-    assert wait_until(lambda: group(process.pid) == [], 2)
+    assert wait_until(lambda: group(process.pid) == [], 10)
     [(done, state)] = ask(conn, "SELECT (SELECT count(*) FROM file), (SELECT max(state) FROM ingest_run)")
     assert state == ("interrupted" if files else None)
     summary = take_in(three)

@@ -24,10 +24,17 @@ def loaded_by(module: str) -> set[str]:
 
 
 def test_a_trainer_loads_neither_sqlalchemy_nor_pydicom() -> None:
-    """`import loaderd` loads numpy and psycopg; what only the catalog and the command line need stays out of a training."""
-    loaded = loaded_by("loaderd")
+    """`loaderd.Feed` loads numpy and psycopg; what only the catalog and the command line need stays out of a training; frameworks too."""
+    loaded = loaded_by("loaderd; loaderd.Feed")
     assert {"loaderd", "numpy", "psycopg"} <= loaded
-    assert loaded & {"sqlalchemy", "alembic", "pydicom", "PIL", "typer", "rich"} == set()
+    assert loaded & {"sqlalchemy", "alembic", "pydicom", "PIL", "typer", "rich", "torch", "jax", "keras", "tensorflow", "cv2"} == set()
+
+
+def test_a_worker_loads_what_it_decodes_with() -> None:
+    """Two decode workers start with each feed: they load numpy, and neither the database's client nor what changes images."""
+    loaded = loaded_by("loaderd.decode")
+    assert "numpy" in loaded
+    assert loaded & {"psycopg", "sqlalchemy", "pydicom", "typer", "PIL", "cv2"} == set()
 
 
 def test_a_command_loads_what_it_needs() -> None:
