@@ -1,0 +1,102 @@
+"""Digits changed a little, many at a time: a crop, an elastic jitter, a small blur, dropped pixels, each for some of the digits.
+
+What happens to a digit follows from its `WORDS` random words alone, whatever it is done together with. All crops and jitters of a batch
+are one resampling: the digits lie one below the other, and one `cv2.remap` draws them anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from catalog.errors import UsageError
+from loaderd.gaps import Words
+
+WORDS = 12  # a digit
+# Shares of the digits, and strengths, of the seed: imgaug's Sometimes(0.3, Crop(percent=(0, 0.25))) and so on.
+CROPPED, CROP = 0.3, 0.25  # up to that share of each side is cut off, and the rest enlarged to the digit's size
+JITTERED, JITTER = 0.15, (0.5, 0.6)  # px, each pixel for itself
+BLURRED, BLUR = 0.1, 0.5  # the largest sigma in px; the seed's 0.05 changes no pixel
+DROPPED, DROP = 0.3, 0.1  # the share of pixels
+AT_ONCE = 1_000  # digits a resampling: OpenCV counts rows in 16 bits
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def needed() -> None:
+    """Say in one line what to install where OpenCV is not there."""
+    try:
+        import cv2
+    except ImportError:
+        raise UsageError("transforms need OpenCV, which is not installed: pip install 'scanfeed[transforms]'") from None
+    cv2.setNumThreads(1)  # processes share the cores
+
+
+def distort(digits: NDArray[np.uint8], words: Words, dropped_to: int) -> None:
+    """Change digits in place.
+
+    Args:
+        digits: uint8 (M, rows, columns), C-contiguous, ink bright on a ground of 0.
+        words: uint64 (M, WORDS), uniformly random.
+        dropped_to: The value of dropped pixels.
+    """
+    chance = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    cropped, jittered, blurred, dropped = (chance[:, k] < p for k, p in enumerate((CROPPED, JITTERED, BLURRED, DROPPED)))
+    moved = np.flatnonzero(cropped | jittered)
+    for start in range(0, len(moved), AT_ONCE):
+        some = moved[start : start + AT_ONCE]
+        cut = np.where(cropped[some, None], chance[some, 4:8] * CROP, 0)
+        strength = np.where(jittered[some], JITTER[0] + (JITTER[1] - JITTER[0]) * chance[some, 8], 0)
+        digits[some] = _resampled(digits[some], cut, strength, words[some, 9])
+    if (some := np.flatnonzero(blurred)).size:
+        digits[some] = _blurred(digits[some], chance[some, 10] * BLUR)
+    if (some := np.flatnonzero(dropped)).size:
+        kept = _field(words[some, 11], digits[0].size).reshape(-1, *digits.shape[1:]) >= np.uint64(int(DROP * 2**64))
+        digits[some] = np.where(kept, digits[some], np.uint8(dropped_to))
+
+
+def _resampled(digits: NDArray[np.uint8], cut: NDArray[Any], strength: NDArray[Any], seeds: Words) -> NDArray[np.uint8]:
+    """Crop by (top, bottom, left, right) as shares of the side, enlarge to the old size and move each pixel by up to `strength` px."""
+    import cv2
+
+    count, rows, columns = digits.shape
+    ys = cut[:, 0, None] * rows + (np.arange(rows) + 0.5) * (1 - cut[:, 0] - cut[:, 1])[:, None] - 0.5
+    xs = cut[:, 2, None] * columns + (np.arange(columns) + 0.5) * (1 - cut[:, 2] - cut[:, 3])[:, None] - 0.5
+    at = np.empty((2, count, rows, columns), np.float32)
+    at[0], at[1] = xs[:, None, :], ys[:, :, None]
+    if (some := np.flatnonzero(strength)).size:
+        halves = _field(seeds[some], rows * columns)
+        for axis, bits in ((0, halves >> np.uint64(40)), (1, halves & np.uint64(0xFFFFFF))):
+            away = bits.astype(np.float32) * np.float32(2.0**-23) - 1
+            at[axis, some] += (away * strength[some, None].astype(np.float32)).reshape(-1, rows, columns)
+    # In steps of 1/256 px, which a float32 holds exactly also in the last row of many digits: so where a digit lies changes no pixel.
+    np.divide(np.rint(at * np.float32(256), out=at), np.float32(256), out=at)
+    # Within its own digit: the one below begins a row further down.
+    np.clip(at[0], 0, columns - 1, out=at[0])
+    np.clip(at[1], 0, rows - 1, out=at[1])
+    at[1] += (np.arange(count, dtype=np.float32) * rows)[:, None, None]
+    stacked = at.reshape(2, count * rows, columns)
+    found = cv2.remap(digits.reshape(-1, columns), stacked[0], stacked[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(found, np.uint8).reshape(digits.shape)
+
+
+def _blurred(digits: NDArray[np.uint8], sigma: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return digits under a Gaussian of three pixels: of sigma 0.5, what lies further out weighs 0.0003."""
+    side = np.exp(-0.5 / np.maximum(sigma, 0.05) ** 2).astype(np.float32)[:, None, None]
+    padded = np.pad(digits.astype(np.float32), ((0, 0), (1, 1), (1, 1)))
+    across = (padded[:, :, 1:-1] + side * (padded[:, :, :-2] + padded[:, :, 2:])) / (1 + 2 * side)
+    down = (across[:, 1:-1] + side * (across[:, :-2] + across[:, 2:])) / (1 + 2 * side)
+    return np.asarray(np.rint(down), np.uint8)
+
+
+def _field(seeds: Words, count: int) -> Words:
+    """Return `count` random words for each seed: SplitMix64 (Steele, Lea, Flood 2014), whose n-th word needs no other."""
+    return mixed(seeds[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+
+
+def mixed(words: Words) -> Words:
+    """Return SplitMix64's finalizer of words: another word for each, as random as it was."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

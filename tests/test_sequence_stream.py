@@ -1,0 +1,120 @@
+"""A stream of composed digits: pixels, digits, boxes and members agree, and follow from seed, epoch and sample."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from catalog import database, ingest
+from loaderd import Feed, FeedError
+from tests.processes import wait_until, workers
+
+COUNT, ROWS, COLUMNS = 60, 6, 5
+OPTIONS: dict[str, Any] = {"length": (2, 4), "spacing": (0, 3)}
+
+
+@pytest.fixture
+def pixels(database_url: str, tmp_path: Path) -> np.ndarray[Any, Any]:
+    """A catalog of 60 digits of 6×5; returns their pixels by frame, and frame % 10 is the digit."""
+    found = np.random.default_rng(0).integers(1, 256, (COUNT, ROWS, COLUMNS), np.uint8)
+    (tmp_path / "t-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *found.shape) + found.tobytes())
+    (tmp_path / "t-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, COUNT) + bytes(at % 10 for at in range(COUNT)))
+    with database.open_database(database_url) as db:
+        ingest.ingest(db, tmp_path, jobs=1)
+    return found
+
+
+def epochs(count: int, **how: Any) -> list[dict[int, tuple[Any, ...]]]:
+    """Return sample id → (image, digits, boxes, members) of some epochs."""
+    with Feed(sequences=OPTIONS, **{"seed": 4, **how}) as feed:
+        found = []
+        for _ in range(count):
+            epoch: dict[int, tuple[Any, ...]] = {}
+            for batch in feed.epoch():
+                images, labels = batch
+                assert labels is not None and batch.boxes is not None and batch.members is not None
+                for at, sample in enumerate(batch.sample_ids.tolist()):
+                    epoch[sample] = images[at].copy(), labels[at].copy(), batch.boxes[at].copy(), batch.members[at].copy()
+            found.append(epoch)
+    return found
+
+
+def test_what_is_fed_is_what_is_said(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
+    """Each sample comes once an epoch as one digit of its sequence; all else is ground, and each box holds the pixels of its member."""
+    frames = dict(conn.execute("SELECT id, frame FROM image").fetchall())
+    first, second = epochs(2)
+    assert sorted(first) == sorted(second) == sorted(frames)
+    lengths = set()
+    for epoch in (first, second):
+        for sample, (image, digits, boxes, members) in epoch.items():
+            assert image.shape == (ROWS, 4 * COLUMNS + 5 * 3) and image.dtype == np.float32
+            length = int(np.count_nonzero(digits >= 0))
+            lengths.add(length)
+            assert sample in members[:length].tolist()
+            ground = np.ones(image.shape, bool)
+            for digit, box, member in zip(digits[:length], boxes[:length].tolist(), members[:length].tolist(), strict=True):
+                assert frames[member] % 10 == digit
+                top, left, height, width = box
+                assert (top, height, width) == (0, ROWS, COLUMNS)
+                assert np.array_equal(image[:, left : left + width], (255 - pixels[frames[member]]) / np.float32(255))
+                assert ground[:, left : left + width].all()
+                ground[:, left : left + width] = False
+            assert (image[ground] == 1).all()
+            assert (digits[length:] == -1).all() and (boxes[length:] == -1).all() and (members[length:] == -1).all()
+    assert lengths == {2, 3, 4}
+    assert sum(first[sample][3].tolist() != second[sample][3].tolist() for sample in first) > COUNT // 2
+
+
+def test_a_sequence_follows_from_seed_epoch_and_sample(pixels: np.ndarray[Any, Any]) -> None:
+    """Another batch size and order, and a worker that dies, change no pixel; another seed does."""
+
+    def same(one: dict[int, tuple[Any, ...]], other: dict[int, tuple[Any, ...]]) -> bool:
+        return all(np.array_equal(a, b) for sample in one for a, b in zip(one[sample], other[sample], strict=True))
+
+    [first] = epochs(1)
+    with Feed(sequences=OPTIONS, seed=4, batch_size=5, shuffle=False, channels="first") as feed:
+        for batch in feed.epoch():
+            if batch.index == 2:
+                os.kill(workers()[0], signal.SIGKILL)
+            assert batch.images.shape[1:] == (1, *first[int(batch.sample_ids[0])][0].shape)
+            for sample, image in zip(batch.sample_ids.tolist(), batch.images, strict=True):
+                assert np.array_equal(image[0], first[sample][0])
+    [other] = epochs(1, seed=5)
+    assert not same(first, other)
+
+
+def test_what_is_revoked_is_in_no_sequence(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
+    """An image that is revoked while it is fed comes neither as a sample nor as a digit beside another one from then on."""
+    with Feed(sequences=OPTIONS, seed=4, batch_size=4, slots=2) as feed:
+        [(gone,)] = conn.execute("SELECT id FROM image WHERE frame = 7").fetchall()
+        before = [batch.members.copy() for batch in feed.epoch() if batch.members is not None]
+        assert any(gone in members for members in before)
+        conn.execute(
+            "INSERT INTO flag (rule, severity, detail, image_id, raised_by, revokes) VALUES ('CONSENT', 'error', 'x', %s, 'test', true)",
+            [gone],
+        )
+        assert wait_until(lambda: conn.execute("SELECT count(*) FROM revoked_image").fetchone() == (1,))
+        for _ in range(4):
+            for batch in feed.epoch():
+                assert batch.members is not None and gone not in batch.members and gone not in batch.sample_ids
+
+
+def test_what_cannot_be_composed_is_refused(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
+    """A width that no sequence has, and samples that are no digits, are errors when the feed is opened, in one line."""
+    for how, says in (
+        ({"sequences": {"length": 3, "spacing": (0, 1), "width": 400}}, "400"),
+        ({"sequences": {"length": 0}}, "length"),
+    ):
+        with pytest.raises(FeedError, match=says) as refused:
+            Feed(**how)  # type: ignore[arg-type]
+        assert "\n" not in str(refused.value)
+    conn.execute("UPDATE annotation SET label = 'cat' WHERE label = '3'")
+    with pytest.raises(FeedError, match="6 of 60 samples have no digit"):
+        Feed(sequences=OPTIONS)
