@@ -1,0 +1,44 @@
+"""What the examples train on: the real studies under SCANFEED_DATA, else synthetic ones, ingested into a catalog of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from catalog import embedded, synthetic
+
+DATA = Path(os.environ.get("SCANFEED_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
+SCRATCH = Path(".demo")
+
+
+def train_and_held_out() -> tuple[str, str]:
+    """Ingest the studies; returns the feeds' conditions ``where=`` for training and, one patient, for validation."""
+    if "CATALOG_HOME" not in os.environ:  # beside the user's own catalog, not in it
+        home = embedded.default_home()
+        os.environ["CATALOG_HOME"] = str(home.with_name(home.name + "-examples"))
+    folder = (DATA / "sunnybrook" / "final_data").resolve()
+    if not folder.is_dir():
+        folder = (SCRATCH / "studies").resolve()
+        if not folder.exists():
+            unfinished = folder.with_suffix(".new")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            synthetic.write_studies(unfinished, patients=5, slices=8, phases=6)
+            unfinished.rename(folder)
+    catalog("ingest", str(folder))
+    here = "starts_with(path, '" + f"{folder}/".replace("'", "''") + "')"
+    found = catalog("sql", "--json", f"SELECT max(patient) AS last FROM sample WHERE structure = 'inner' AND {here}")
+    last = json.loads(found)[0]["last"].replace("'", "''")
+    print(f"studies in {folder}; held out: {last}", flush=True)
+    return f"{here} AND patient <> '{last}'", f"{here} AND patient = '{last}'"
+
+
+def catalog(*arguments: str) -> str:
+    """Run a command of the catalog; returns what it printed."""
+    done = subprocess.run([sys.executable, "-m", "catalog.cli", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
