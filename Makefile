@@ -5,6 +5,7 @@ DATA ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-emit-index-url
 # Tests that need no server, or our own one, or that say nothing about which one it is.
 NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py dicom.py docs.py layers.py package.py shares.py \
@@ -12,13 +13,14 @@ NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py di
 	raster.py table.py pattern.py layout_sunnybrook.py measure.py all_files.py layouts.py executors.py remote.py ingest_scale.py \
 	crashes.py top.py readme.py nearness.py shapes.py rulefiles.py gallery.py plots.py qa_docs.py rules_mask.py shift.py \
 	faults.py ingest_errors.py interpolate.py threshold.py export.py private.py privacy_docs.py pseudonyms.py planted.py \
-	decode.py named.py ingest.py feed.py ranks.py))
-# Tests wait for processes more than they compute. A file's tests stay in one process, as they share what it made.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	decode.py named.py ingest.py feed.py ranks.py million.py sunnybrook.py flags.py aio.py transforms.py intensity.py sequences.py \
+	sequence_stream.py fed_changed.py sampling_page.py frameworks_*.py))
+# Tests wait for processes more than they compute. A file's tests stay in one process, as they share what it made; tests/conftest.py has the order.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint soak bench integration lock clean
+.PHONY: help venv demo test lint soak bench frameworks integration lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,11 +41,18 @@ lint: $(VENV)/.dev ## ruff and mypy
 soak: $(VENV)/.dev ## trainings and ingests under hundreds of deaths, fuzzing; takes long
 	$(BIN)/python -m pytest -m soak -s -q
 
+frameworks: $(VENV)/.frameworks ## PyTorch, Keras, JAX and TensorFlow: their tests, and examples that train; installs them
+	$(BIN)/python -m pytest $(wildcard tests/test_frameworks_*.py)
+	home=$$(mktemp -d) && chmod 711 $$home && cd examples && for example in unet_torch keras_fit jax_step; do \
+		CATALOG_HOME=$$home $(abspath $(BIN))/python $$example.py || exit; done
+
 bench: $(VENV)/.bench ## feeding and ingesting, measured; installs torch
 	$(BIN)/python benchmarks/feed.py
 	$(BIN)/python benchmarks/guarantees.py
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/qa.py
+	$(BIN)/python benchmarks/transforms.py
+	$(BIN)/python benchmarks/sequences.py
 
 integration: $(VENV)/.dev ## the tests on PostgreSQL in a container; needs Docker
 	$(PYTEST) --postgres container $(addprefix --ignore=,$(NOT_IN_CONTAINER))
@@ -62,14 +71,18 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(INSTALL) -r requirements.lock
+	$(INSTALL) --no-deps --editable .
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(INSTALL) -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.frameworks: requirements-frameworks.txt $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-frameworks.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.runtime
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[bench]'
+	$(INSTALL) --constraint requirements.lock --editable '.[bench]'
 	@touch $@

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +240,8 @@ def limit(settings: Settings) -> Measured:
 
     work = [json.loads(line) for line in Path(settings.folder, "work").read_text().splitlines()]
     rows, columns = json.loads(work[0][0])[12:14]
-    layout = ring.layout_for(
-        batch_size=settings.batch_size, structures=1, rows=rows, columns=columns, dtype="float32", slots=settings.slots
-    )
+    one = ring.Layout(settings.batch_size, structures=1, rows=rows, columns=columns, dtype="float32", slots=1)
+    layout = replace(one, slots=settings.slots or ring.default_slots(one))
     ring_fd, work_fd = ring.create(layout), os.memfd_create("work")
     lengths = []  # of each batch's rows
     for batch, first in enumerate(range(0, len(work), settings.batch_size)):

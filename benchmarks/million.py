@@ -35,7 +35,7 @@ SMALL = 10_000  # samples of the stream that a large one's memory is compared wi
 START_S = 60
 
 TABLES = ("patient", "study", "series", "instance", "file", "image", "location", "annotation", "pairing", "mask")
-SHARED = ("root_id", "ingest_run_id", "reader_id", "structure_id")
+SHARED = ("root_id", "ingest_run_id", "first_run_id", "reader_id", "structure_id")
 # What is another text in each copy; all else is the same, but for keys.
 OWN = {
     ("patient", "patient_id"): "patient_id || '.' || n",

@@ -19,7 +19,8 @@ from typing import Any
 
 from catalog import drift, snapshots, splits
 from catalog.database import Database, open_database
-from loaderd import orders
+from loaderd import selections
+from loaderd.definitions import Definition
 
 HERE = Path(__file__).resolve().parent
 
@@ -71,15 +72,15 @@ def measure(db: Database) -> dict[str, Any]:
     checked = timed("split check", lambda: splits.check(db, name))
     with db.read_only(timeout_s=600) as conn:
         for what, definition in {
-            "selection of all inner": orders.Definition(structures=("inner",)),
-            "selection of split train": orders.Definition(structures=("inner",), split=f"{name}/train"),
+            "selection of all inner": Definition(structures=("inner",)),
+            "selection of split train": Definition(structures=("inner",), split=f"{name}/train"),
         }.items():
-            timed(what, lambda definition=definition: orders.shapes(conn, definition))
+            timed(what, lambda definition=definition: selections.shapes(conn, definition))
             conn.rollback()
     frozen = timed("snapshot create", lambda: snapshots.create(db, name, split=name, structures=["inner"]))
     with db.read_only(timeout_s=600) as conn:
-        definition = orders.Definition(structures=("inner",), snapshot=name, split="train")
-        timed("selection of snapshot, train", lambda: orders.shapes(conn, definition))
+        definition = Definition(structures=("inner",), snapshot=name, split="train")
+        timed("selection of snapshot, train", lambda: selections.shapes(conn, definition))
         conn.rollback()
     with db.connect() as conn:
         row = conn.execute("SELECT id FROM snapshot WHERE name = %s", [name]).fetchone()

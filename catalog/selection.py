@@ -105,18 +105,18 @@ def conditions(
     return found, parameters
 
 
-def samples(origins: Sequence[str]) -> sql.SQL:
-    """Return what stands after FROM for one label an image and structure: the view ``sample``, or the same of other origins.
+def samples(origins: Sequence[str], readers: Sequence[str] | None = None) -> sql.Composable:
+    """Return what stands after FROM for one label an image and structure: the view ``sample``, or the same of other origins or readers.
 
-    The view prefers what was drawn, and of two derived labels shows one. Asked for a certain origin, it must not be the other one.
+    The view prefers what was drawn, and of two derived labels or readers shows one. Asked for a certain one, it must not be the other.
     """
-    if set(origins) == set(DRAWN):
+    if set(origins) == set(DRAWN) and readers is None:
         return sql.SQL("sample")
     return sql.SQL(
         "(SELECT DISTINCT ON (sample_id, structure_id) * FROM annotation_all "
-        "WHERE current AND pairing_state = 'accepted' AND origin = ANY(%(origins)s) "
+        "WHERE current AND pairing_state = 'accepted' AND origin = ANY(%(origins)s) {}"
         "ORDER BY sample_id, structure_id, origin IN ('interpolated', 'proposed'), reader_preference, annotation_id) AS sample"
-    )
+    ).format(sql.SQL("" if readers is None else "AND reader = ANY(%(readers)s) "))
 
 
 def checked(conn: psycopg.Connection[Any], where: str | None, view: str, *, named: str = "--where") -> list[sql.Composable]:

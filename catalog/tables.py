@@ -345,6 +345,8 @@ annotation = Table(
     _now("created_at", "When it came in."),
     UniqueConstraint("file_id", "source_key", "version"),
     Index("ix_annotation_current", "file_id", "source_key", unique=True, postgresql_where=text("current")),
+    # Which images show a 7?
+    Index("ix_annotation_label", "label", "structure_id", postgresql_where=text("current AND kind = 'label'")),
     CheckConstraint("kind IN ('polygon', 'segment', 'label')", name="kind"),
     CheckConstraint("origin IN ('contour', 'segment', 'label', 'interpolated', 'proposed')", name="origin"),
     CheckConstraint("kind <> 'polygon' OR num_nonnulls(points, rings, convention) = 3", name="polygon_whole"),
@@ -723,6 +725,11 @@ stream = Table(
     Column("digest", LargeBinary, nullable=False, comment="sha256 of the definition as canonical JSON."),
     _now("created_at", "When it was first asked for."),
     Column("ended_at", DateTime(timezone=True), comment="When it was ended: nobody attaches any more, and its name is free again."),
+    Column(
+        "constants",
+        JSONB,
+        comment="Looked up when it was first asked for, and kept: classes of labels, statistics of images. NULL: nothing was needed.",
+    ),
     Index("ix_stream_unnamed", "digest", unique=True, postgresql_where=text("name IS NULL")),
     Index("ix_stream_name", "name", unique=True, postgresql_where=text("ended_at IS NULL")),
     CheckConstraint("name <> ''", name="name"),

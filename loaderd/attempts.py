@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 from catalog import __version__
 from catalog.errors import CatalogError, UsageError
 from loaderd import ledger
-from loaderd.orders import Definition
+from loaderd.definitions import Definition
 from loaderd.shares import Share, Span
 
 CONSUMER_LOCK = 1_554_427  # class of the advisory locks on consumer.id; arbitrary
@@ -171,7 +171,9 @@ def begin(
         last = newest(conn, run_id, run, stream_id)
         if last is None:
             if isinstance(resume, dict):
-                raise UsageError(f"the state is of run {run!r}, which this catalog never fed from this stream")
+                raise UsageError(
+                    f"the state is of run {run!r}, which this catalog never fed from this stream; do batch size, seed or transforms differ?"
+                )
             found: Attempt | None = Attempt(run_id, run, stream_id, 1, num_ranks, 0, 0, 0)
         else:
             found = _join_or_follow(conn, last, definition, consumer_id, rank, num_ranks, resume, waited_s=time.monotonic() - began)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from catalog.errors import CatalogError, UsageError
+from loaderd.cli_gallery import gallery
+from loaderd.cli_sequence import sequence
 from loaderd.messages import Message
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ stream_app = typer.Typer(no_args_is_help=True, help="Streams with a name: make, 
 run_app = typer.Typer(no_args_is_help=True, help="Runs: list and show them, note what became of them.")
 app.add_typer(stream_app, name="stream")
 app.add_typer(run_app, name="run")
+app.command()(gallery)
+app.command()(sequence)
 
 
 @app.command()
@@ -104,6 +108,16 @@ def _bytes(text: str | None) -> int | None:
     if not number.isdecimal() or text[:1] == "0":
         raise UsageError(f"--memory {text}: must be a number of bytes, or one with K, M or G behind it")
     return int(number) << {"K": 10, "M": 20, "G": 30}.get(unit, 0)
+
+
+def _size(text: str | None) -> list[int] | None:
+    """Return a size such as 128x96 as rows and columns."""
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise UsageError(f"--size {text}: must be rows and columns, such as 128x96")
+    return [int(number) for number in numbers]
 
 
 def _gid(name: str | None) -> int | None:
@@ -179,6 +193,8 @@ def stream_create(
         list[str] | None,
         typer.Option(help="Labels of this origin: contour, segment, interpolated, proposed; again for more.", show_default=False),
     ] = None,
+    reader: Annotated[list[str] | None, typer.Option(help="Annotations of this reader alone; again for more.", show_default=False)] = None,
+    labels: Annotated[str | None, typer.Option(metavar="NAME", help="Feed this label, too: label for MNIST's.", show_default=False)] = None,
     where: Where = None,
     limit: Annotated[int | None, typer.Option(help="Feed so many samples: those of the smallest keys.", show_default=False)] = None,
     include_flagged: Annotated[
@@ -194,39 +210,55 @@ def stream_create(
     ] = None,
     tail: Annotated[str | None, typer.Option(help="The last batch: short (default), drop or pad.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the images: float16, float32 (default) or float64.", show_default=False)] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="Where images have an axis for channels: none (default), first or last.", show_default=False)
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Bring all images to this size.", show_default=False)] = None,
+    fit: Annotated[str | None, typer.Option(help="How: resize (default), crop or pad.", show_default=False)] = None,
+    context: Annotated[int | None, typer.Option(help="So many neighbouring slices on each side as channels.", show_default=False)] = None,
+    context_ends: Annotated[
+        str | None, typer.Option(help="Where there is no neighbour: repeat (default) or zero.", show_default=False)
+    ] = None,
     on_error: Annotated[
         str | None, typer.Option(help="An image that cannot be read: skip (default), blank or stop.", show_default=False)
     ] = None,
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="TOML with these options as keys, instead.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("-f", "--file", help="TOML with these options as keys, transforms and sequences, instead.", show_default=False),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Keep a definition under a name, for Feed("NAME"). The same again changes nothing, another one under that name is refused."""
-    from loaderd import named, orders
+    from loaderd import named, selections
+    from loaderd.definitions import Definition, settled
 
     options = {
-        "structures": structure, "snapshot": snapshot, "split": split, "origins": origin, "where": where, "limit": limit,
-        "include_flagged": include_flagged, "require": require,
+        "structures": structure, "snapshot": snapshot, "split": split, "origins": origin, "readers": reader,
+        "labels": labels, "where": where, "limit": limit, "include_flagged": include_flagged, "require": require,
         "batch_size": batch_size, "seed": seed, "shuffle": None if no_shuffle is None else not no_shuffle, "tail": tail, "dtype": dtype,
-        "on_error": on_error,
+        "channels": channels, "size": _size(size), "fit": fit, "context": context, "context_ends": context_ends, "on_error": on_error,
     }  # fmt: skip
     given = {field: value for field, value in options.items() if value not in (None, [])}
     if file is not None and given:
         raise UsageError(f"-f and {', '.join(given)}: the definition comes from the file or from the options; choose one")
-    definition = named.from_toml(file) if file is not None else orders.Definition.from_json(given)
-    with _database(database) as db:
-        with db.read_only() as reading:
-            definition = orders.settled(reading, definition)
-            orders.check_where(reading, definition)
-            found = orders.shapes(reading, definition)
+    definition = named.from_toml(file) if file is not None else Definition.from_json(given)
+    with _database(database) as db, db.read_only() as reading:
+        definition = settled(reading, definition)
+        selections.check_where(reading, definition)
+        found = selections.shapes(reading, definition)
         with db.connect() as conn:
-            named.create(conn, name, definition)
+            stream_id = named.create(conn, name, definition)
+            if definition.looks_up:
+                from loaderd import constants
+
+                constants.of(conn, reading, stream_id, definition)
             if dry_run:
                 conn.rollback()
     listed = ", ".join(f"{count} of {rows}×{columns}" for (rows, columns), count in found.items())
     samples = _count(sum(found.values()), "sample")
     typer.echo(f"stream {name!r}{', not made: it' if dry_run else ''} has {samples} now{f' ({listed})' if found else ''}")
     try:
-        orders.one_shape(found, definition)
+        selections.one_shape(found, definition)
     except UsageError as error:
         typer.echo(f"loaderd: nobody can be fed from it as it is now: {error}", err=True)
 
@@ -314,7 +346,8 @@ def run_show(run: RunName, database: DatabaseUrl = None, as_json: AsJson = False
         _print_rows(rows, {name: name for name in shown}, "none")
     for row in found["provenance"]:
         typer.echo(f"\nprovenance, stream {runs.called(row['stream'], row['stream_name'])}")
-        for name in ("stream_sha256", "snapshot_sha256", "definition", "transforms", "daemon_versions", "trainer_versions", "order_sha256s",
+        for name in ("stream_sha256", "snapshot_sha256", "definition", "transforms", "constants", "daemon_versions", "trainer_versions",
+                     "order_sha256s",
                      "models"):  # fmt: skip
             values = row[name] if isinstance(row[name], list) else [row[name]]
             for value in values:
@@ -454,12 +487,12 @@ def _print_json(found: Any) -> None:
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: dict[str, str], nothing: str) -> None:
-    from catalog.cli import _print_table
+    from catalog.output import print_table
 
     if not rows:
         typer.echo(nothing)
         return
-    _print_table(list(columns.values()), [[_cell(row[name]) for name in columns] for row in rows])
+    print_table(list(columns.values()), [[_cell(row[name]) for name in columns] for row in rows])
 
 
 def _cell(value: Any) -> str:
@@ -503,7 +536,7 @@ def bench(
 
 def main() -> None:
     """Run the command line; errors are one line on stderr and a documented exit code."""
-    from catalog.cli import run
+    from catalog.output import run
 
     run(app, "loaderd")
 

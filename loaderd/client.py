@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -39,16 +39,20 @@ class Batch:
     """One batch: views on shared memory, read-only, valid until the last of them is gone or `release` was called.
 
     Attributes:
-        images: (B, rows, columns) of the feed's dtype, in modality units: stored * slope + intercept.
+        images: (B, rows, columns) of the feed's dtype, in modality units: stored * slope + intercept, then what the transforms made of it.
+            With ``channels="first"`` (B, C, rows, columns), with ``"last"`` (B, rows, columns, C).
         masks: bool (B, rows, columns) for one structure, (B, K, rows, columns) for K >= 2; None for a feed without structures.
         present: bool (B, K): is there an annotation? False only with ``require="any"``.
+        labels: int64 (B,), with ``labels=``; None without. With ``sequences=`` (B, L): the digits, -1 behind the last.
+        boxes: int64 (B, L, 4) with ``sequences=``: row, column, rows and columns of each digit, px; -1 behind the last. Else None.
+        members: int64 (B, L) with ``sequences=``: the samples that the digits are images of, -1 behind the last. Else None.
         sample_ids: int64 (B,); -1 where ``tail="pad"`` filled up.
         sample_keys: uint8 (B, 16), the samples' uuids.
         valid: bool (B,); False for padding and (``on_error="blank"``) for what could not be read.
         epoch, index: counted from 0.
 
     B is the feed's batch size, or less at the end of an epoch (``tail="short"``) and where samples could not be read.
-    Unpacks to ``images, masks``.
+    Unpacks to ``images, masks``; with labels to ``images, labels``, with structures and labels to ``images, masks, labels``.
     """
 
     def __init__(self, feed: Feed, slot: Slot, message: Message, finalizer: weakref.finalize[..., Any]) -> None:
@@ -78,6 +82,24 @@ class Batch:
         return self._held().present[: self._count]
 
     @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Int64 (B,), of sequences (B, L): a view; None for a feed without labels."""
+        layout = self._feed._ring.layout
+        if not layout.labels:
+            return None
+        return self._held().labels[: self._count] if layout.sequences else self._held().labels[: self._count, 0]
+
+    @property
+    def boxes(self) -> NDArray[np.int64] | None:
+        """Int64 (B, L, 4): a view; None but for sequences."""
+        return self._held().boxes[: self._count] if self._feed._ring.layout.sequences else None
+
+    @property
+    def members(self) -> NDArray[np.int64] | None:
+        """Int64 (B, L): a view; None but for sequences."""
+        return self._held().members[: self._count] if self._feed._ring.layout.sequences else None
+
+    @property
     def sample_ids(self) -> NDArray[np.int64]:
         """Int64 (B,): a view."""
         return self._held().sample_ids[: self._count]
@@ -98,8 +120,12 @@ class Batch:
         return self._slot
 
     def __iter__(self) -> Iterator[Any]:
+        labels = self.labels
         yield self.images
-        yield self.masks
+        if labels is None or self._feed.structures:
+            yield self.masks
+        if labels is not None:
+            yield labels
 
     def __len__(self) -> int:
         return self._count
@@ -131,14 +157,13 @@ class Batch:
 
         masks = self._held().masks[: self._count] if self._feed.structures else None
         titles = [f"sample {sample}" if valid else "no sample" for sample, valid in zip(self.sample_ids, self.valid, strict=True)]
-        return contact_sheet(self.images, masks, titles, self._feed.structures)
+        planes = self._held().planes[: self._count]
+        return contact_sheet(planes[:, planes.shape[1] // 2], masks, titles, self._feed.structures)
 
     def __repr__(self) -> str:
         if self._slot is None:
             return f"<Batch {self.index} of epoch {self.epoch}, released>"
-        return (
-            f"<Batch {self.index} of epoch {self.epoch}: {len(self)} × {self.images.shape[1]}×{self.images.shape[2]} {self.images.dtype}>"
-        )
+        return f"<Batch {self.index} of epoch {self.epoch}: {len(self)} × {'×'.join(map(str, self.images.shape[1:]))} {self.images.dtype}>"
 
 
 class Feed:
@@ -158,7 +183,10 @@ class Feed:
             folds but 2) and ``"val:2"``. With `shuffle=False` a validation feed. Of a snapshot: the side as it was then.
         origins: Which labels: by default what somebody drew, ``["contour", "segment", "label"]``. ``"interpolated"`` and ``"proposed"`` are
             fed only where asked for; where something is drawn too, and asked for, that is fed.
-        where: An SQL condition over the view ``sample`` (without structures: ``image_all``); it runs under a login that cannot write.
+        readers: Whose annotations: these readers' alone. By default of each sample what the preferred reader drew.
+        labels: A label to feed: ``"label"`` for MNIST's. A text that is a whole number is fed as that number; else its place in `classes`.
+        where: An SQL condition over the view ``sample`` (without structures and labels: ``image_all``); it runs under a login that cannot
+            write.
         limit: At most so many samples, the first by sample_key.
         include_flagged: Feed also what open flags of severity error speak against. What was revoked is never fed.
         require: With several structures, ``"all"`` (default) of them must be there, or ``"any"``.
@@ -168,6 +196,14 @@ class Feed:
         tail: What becomes of the last samples that fill no batch: ``"short"`` (default), ``"drop"`` or ``"pad"`` (zeros, ``valid``
             False). Over several ranks the last step is dealt out evenly.
         dtype: Of the images: ``"float32"`` (default), ``"float64"`` or ``"float16"``.
+        channels: Images have an axis for channels ``"first"`` or ``"last"``, or ``"none"`` (default).
+        size: (rows, columns) to bring all images and masks to; without it all images must have one shape.
+        fit: How: ``"resize"`` (default: stretched), ``"crop"`` (its middle, at the scale it has) or ``"pad"`` (all of it, with a margin).
+        context: So many neighbours on each side along the slice normal as channels, in order of position, at the same phase.
+        context_ends: Where there is no neighbour: ``"repeat"`` (default) the nearest channel, or ``"zero"``.
+        transforms: What is done to images and masks together, drawn anew for each sample and epoch: `loaderd.transforms`, or the same as
+            dicts; docs/transforms.md.
+        sequences: Options of composed sequences of digits, instead of single images: docs/sequences.md.
         on_error: What to do about a sample that cannot be read: ``"skip"`` (default), ``"blank"`` (zeros, ``valid`` False) or ``"stop"``.
         rank, num_ranks: This process's place among those that share the batches; by default from RANK and WORLD_SIZE, else alone.
         run: The training's name in the ledger, the same on all ranks; without one a new name is made up.
@@ -182,7 +218,8 @@ class Feed:
         attempt: Which uninterrupted stretch of the run this is, from 1; None as long as a run that was fed before waits for its state.
         next_epoch: The epoch that the next iterator begins with.
         num_samples: Samples an epoch, of all ranks together.
-        structures, rank, num_ranks: As above.
+        classes: Of labels that are no numbers: their texts, sorted; a label is fed as its place here. Else None.
+        structures, batch_size, tail, rank, num_ranks: As above.
 
     Raises:
         FeedError: If the stream cannot be opened; the message says why.
@@ -196,6 +233,8 @@ class Feed:
         snapshot: str | None = _UNSET,
         split: str | None = _UNSET,
         origins: Sequence[str] = _UNSET,
+        readers: Sequence[str] = _UNSET,
+        labels: str | None = _UNSET,
         where: str | None = _UNSET,
         limit: int | None = _UNSET,
         include_flagged: bool = _UNSET,
@@ -205,6 +244,13 @@ class Feed:
         shuffle: bool = _UNSET,
         tail: Literal["short", "drop", "pad"] = _UNSET,
         dtype: str = _UNSET,
+        channels: Literal["none", "first", "last"] = _UNSET,
+        size: tuple[int, int] | None = _UNSET,
+        fit: Literal["crop", "pad", "resize"] | None = _UNSET,
+        context: int = _UNSET,
+        context_ends: Literal["repeat", "zero"] = _UNSET,
+        transforms: Sequence[Any] = _UNSET,
+        sequences: Mapping[str, Any] | None = _UNSET,
         on_error: Literal["skip", "blank", "stop"] = _UNSET,
         rank: int | None = None,
         num_ranks: int | None = None,
@@ -215,15 +261,20 @@ class Feed:
         progress: bool = False,
         database: str | None = None,
     ) -> None:
-        for name, value in (("structures", structures), ("origins", origins)):
+        for name, value in (("structures", structures), ("origins", origins), ("readers", readers)):
             if isinstance(value, str):
                 raise TypeError(f"{name}={value!r}: must be a list of names, such as [{value!r}]")
         if sys.platform != "linux":
             raise FeedError("loaderd needs Linux: it feeds through a memfd; the catalog works here all the same")
+        if transforms is not _UNSET:
+            from loaderd.transforms import checked  # few trainings have any
+
+            transforms = checked(transforms, size=None if size is _UNSET else size)
         definition = {
-            "structures": structures, "snapshot": snapshot, "split": split, "origins": origins, "where": where, "limit": limit,
-            "include_flagged": include_flagged, "require": require,
-            "batch_size": batch_size, "seed": seed, "shuffle": shuffle, "tail": tail, "dtype": dtype, "on_error": on_error,
+            "structures": structures, "snapshot": snapshot, "split": split, "origins": origins, "readers": readers, "labels": labels,
+            "where": where, "limit": limit, "include_flagged": include_flagged, "require": require, "batch_size": batch_size, "seed": seed,
+            "shuffle": shuffle, "tail": tail, "dtype": dtype, "channels": channels, "size": size, "fit": fit, "context": context,
+            "context_ends": context_ends, "transforms": transforms, "sequences": sequences, "on_error": on_error,
         }  # fmt: skip
         self.rank, self.num_ranks = _ranks(rank, num_ranks)
         state = _state(resume) if isinstance(resume, Mapping) else None
@@ -265,6 +316,9 @@ class Feed:
         self._private: bool = reply["private"]
         self._digest: str = reply["digest"]
         self.structures: tuple[str, ...] = tuple(reply["structures"])
+        self.classes: tuple[str, ...] | None = None if reply["classes"] is None else tuple(reply["classes"])
+        self.batch_size: int = reply["batch_size"]
+        self.tail: str = reply["tail"]
         self.run: str = reply["run"]
         self.attempt: int | None = None
         if not hasattr(self, "next_epoch"):
@@ -295,6 +349,41 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epochs(1)
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        from loaderd.aio import iterate
+
+        return iterate(self)
+
+    def numpy(self, **options: Any) -> Any:
+        """Return the feed as copies that may be written to and kept: see `loaderd.arrays.Arrays`, which takes the options."""
+        from loaderd.arrays import Arrays
+
+        return Arrays(self, **options)
+
+    def torch(self, **options: Any) -> Any:
+        """Return the feed as a PyTorch IterableDataset: see `loaderd.torch.FeedDataset`, which takes the options."""
+        from loaderd.torch import FeedDataset
+
+        return FeedDataset(self, **options)
+
+    def keras(self, **options: Any) -> Any:
+        """Return the feed for Keras 3's ``model.fit``: see `loaderd.keras.feed_keras`, which takes the options."""
+        from loaderd.keras import feed_keras
+
+        return feed_keras(self, **options)
+
+    def jax(self, **options: Any) -> Any:
+        """Return an iterator over JAX arrays on the local devices: see `loaderd.jax.feed_jax`, which takes the options."""
+        from loaderd.jax import feed_jax
+
+        return feed_jax(self, **options)
+
+    def tensorflow(self, **options: Any) -> Any:
+        """Return the feed as a ``tf.data.Dataset``: see `loaderd.tensorflow.feed_tensorflow`, which takes the options."""
+        from loaderd.tensorflow import feed_tensorflow
+
+        return feed_tensorflow(self, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where to go on: behind the batch that was handed out last. The same on all ranks at the same step, and small.
@@ -541,11 +630,11 @@ class Feed:
             raise FeedError("this Feed is closed; open a new one")
 
 
-def batches(*, epochs: int = 1, **arguments: Any) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
-    """Yield (images, masks) of `epochs` epochs; takes `Feed`'s arguments, and opens and closes it."""
+def batches(*, epochs: int = 1, **arguments: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield (images, masks) of `epochs` epochs, with labels what a batch unpacks to; takes `Feed`'s arguments, opens and closes it."""
     with Feed(**arguments) as feed:
         for batch in feed.epochs(epochs):
-            yield batch.images, batch.masks
+            yield tuple(batch)
 
 
 class _LostError(Exception):
@@ -577,7 +666,12 @@ def _state(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """Return a value as JSON has it: numpy's numbers and tuples come from users, too."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class _Returned:

@@ -19,16 +19,21 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from catalog.errors import FileError
+from catalog.errors import CatalogError, FileError
 from loaderd import messages
 from loaderd.ring import Layout, Ring, Slot
 
+if TYPE_CHECKING:
+    from loaderd.warping import Pipeline
+
+DONE: dict[str, Any] = {"op": "done", "count": 0, "by_offset": 0, "opened": 0}  # of a job that came to nothing
 WORK_STRIDE = 1 << 36  # bytes of a slot's part of the work file: sparse, so only what is written takes memory
 BLOCK = 8_192  # values rescaled at a time in float64: 64 KiB of scratch
 RETRY_S = 0.05
@@ -62,6 +67,9 @@ class Sample:
     bits_stored: int | None
     modality_lut: bool
     boxes: tuple[tuple[int, int, int, int] | None, ...]
+    label: int | None = None
+    spacing: tuple[float, float] | None = None
+    neighbours: list[Any] | None = None
 
     @classmethod
     def parse(cls, row: Sequence[Any]) -> Sample:
@@ -88,20 +96,54 @@ class Sample:
             bits_stored,
             modality_lut,
             boxes,
+            *more,
         ) = row
+        label, spacing, neighbours = (*more, None, None, None)[:3]
         return cls(
             sample_id, bytes.fromhex(key), root, path, size, mtime_ns, offset, length, dtype, float(slope), float(intercept), frame,
             rows, columns, uid, bytes.fromhex(pixel_hash or ""), form, coding, bits_stored,
             modality_lut,
             tuple(None if box is None else tuple(box) for box in boxes or ()),
+            label, None if spacing is None or None in spacing else tuple(spacing), neighbours,
+        )  # fmt: skip
+
+
+class Changed:
+    """What a stream is fed beyond images and masks as they are: made of the daemon's ``pipeline``, with the pool of its sequences."""
+
+    def __init__(self, given: dict[str, Any], pool_fd: int | None) -> None:
+        self.seed: int = given["seed"]
+        self.sequences = None
+        self._given = given
+        if given["sequences"] is not None:
+            from loaderd import pools
+
+            assert pool_fd is not None
+            self.sequences = pools.Composer(pools.Pool(pool_fd), given["sequences"], self.seed)
+
+    @cached_property
+    def pipeline(self) -> Pipeline | None:
+        """What images and masks go through. Raises CatalogError if a user's function or OpenCV is not there."""
+        if not self._given["transforms"] and self._given["size"] is None:
+            return None
+        from loaderd.warping import Pipeline  # OpenCV takes 0.1 s to load
+
+        size = self._given["size"]
+        return Pipeline(
+            self._given["transforms"], seed=self.seed, size=None if size is None else tuple(size), fit=self._given["fit"] or "resize",
+            statistics=self._given["statistics"],
         )  # fmt: skip
 
 
 class Decoder:
     """Fills slots of one stream's ring."""
 
-    def __init__(self, ring_fd: int, work_fd: int, layout: Layout, *, blank: bool) -> None:
+    def __init__(
+        self, ring_fd: int, work_fd: int, layout: Layout, *, blank: bool, changed: Changed | None = None, context_ends: str = "repeat"
+    ) -> None:
         self.layout = layout
+        self.changed = changed
+        self.context_ends = context_ends
         self.ring = Ring(ring_fd, layout, writable=True)
         self.slots = [self.ring.slot(number) for number in range(layout.slots)]
         self.work_fd = work_fd
@@ -125,6 +167,7 @@ class Decoder:
         opened, fast, filled = self.opened, 0, 0
         unreadable: list[list[Any]] = []
         changed: list[list[Any]] = []
+        composed: list[tuple[int, Sample]] = []  # places and what they are composed around
         for number, row in enumerate(rows):
             if row is None:  # revoked, or left out because it kills workers
                 if self.blank:
@@ -136,13 +179,25 @@ class Decoder:
             slot.header[4] = number
             sample = Sample.parse(row)
             bits = sum(-(-box[2] * box[3] // 8) for box in sample.boxes if box)
-            problem = self._read(sample, slot.images[filled], changed)
+            if self.changed is not None and self.changed.sequences is not None:
+                problem = None
+                composed.append((filled, sample))
+            elif self.changed is None:
+                problem = self._read(sample, slot.planes[filled, 0], changed)
+                if problem is None or problem == "fast":
+                    self._masks(sample, at, slot.masks[filled])
+            else:
+                try:
+                    problem = self._changed(sample, at, slot, filled, changed, job["epoch"])
+                except CatalogError as error:  # a fault of the stream's, not of the file's
+                    return {**DONE, "stream": job["stream"], "job": job["job"], "fault": str(error)}
             if problem is None or problem == "fast":
                 fast += problem == "fast"
-                self._masks(sample, at, slot, filled)
+                slot.present[filled] = [box is not None for box in sample.boxes]
                 slot.valid[filled] = True
             else:
-                unreadable.append([number, sample.sample_id, *problem])
+                [code, message, *of] = problem
+                unreadable.append([number, of[0] if of else sample.sample_id, code, message])
                 if self.blank:
                     self._empty(slot, filled)
             if problem is None or problem == "fast" or self.blank:
@@ -150,6 +205,11 @@ class Decoder:
                 slot.sample_keys[filled] = np.frombuffer(sample.sample_key, np.uint8)
                 filled += 1
             at += bits
+        if composed:
+            try:
+                self._compose(composed, slot, job["epoch"])
+            except CatalogError as error:
+                return {**DONE, "stream": job["stream"], "job": job["job"], "fault": str(error)}
         count = filled if job["pad"] == 0 else self.layout.batch_size
         for number in range(filled, count):
             self._empty(slot, number)
@@ -296,10 +356,71 @@ class Decoder:
             block += sample.intercept
             out[start : start + BLOCK] = block
 
-    def _masks(self, sample: Sample, at: int, slot: Slot, number: int) -> None:
+    def _compose(self, composed: list[tuple[int, Sample]], slot: Slot, epoch: int) -> None:
+        """Compose a batch's sequences at once: one by one they take ten times as long."""
+        assert self.changed is not None and self.changed.sequences is not None
+        places = [place for place, _ in composed]
+        whole = places == list(range(places[0], places[0] + len(places)))  # else some between them were revoked, and are blank
+        runs = [composed] if whole else [[one] for one in composed]
+        for run in runs:
+            at = slice(run[0][0], run[-1][0] + 1)
+            self.changed.sequences.fill(
+                [sample.sample_id for _, sample in run], [sample.sample_key for _, sample in run], epoch, slot.planes[at, 0],
+                slot.labels[at], slot.boxes[at], slot.members[at],
+            )  # fmt: skip
+
+    def _changed(self, sample: Sample, at: int, slot: Slot, number: int, changed: list[list[Any]], epoch: int) -> Any:
+        """Fill one place of a stream that is fed more than images and masks as they are; as `_read`."""
+        assert self.changed is not None
+        if self.layout.labels:
+            if sample.label is None:
+                return "label", "its label is none of the classes that the stream began with; end the stream and make it anew"
+            slot.labels[number] = sample.label
+        images, masks = slot.planes[number], slot.masks[number]
+        pipeline = self.changed.pipeline
+        if pipeline is not None or self.layout.channels == "last":
+            shape = (self.layout.depth, sample.rows, sample.columns)
+            images = np.empty(shape, np.float64 if self.layout.dtype == "float64" else np.float32)
+        if pipeline is not None:
+            masks = np.empty((self.layout.structures, sample.rows, sample.columns), np.bool_)
+        problem = self._read(sample, images[self.layout.depth // 2], changed)
+        if problem not in (None, "fast"):
+            return problem
+        found = self._neighbours(sample, images, changed)
+        if found is not None:
+            return found
+        self._masks(sample, at, masks)
+        if pipeline is not None:
+            try:
+                pipeline(
+                    images, masks, key=sample.sample_key, epoch=epoch, spacing=sample.spacing, out_images=slot.planes[number],
+                    out_masks=slot.masks[number],
+                )  # fmt: skip
+            except FileError as error:
+                return error.code, str(error)
+        elif self.layout.channels == "last":
+            slot.planes[number] = images
+        return problem
+
+    def _neighbours(self, sample: Sample, images: NDArray[Any], changed: list[list[Any]]) -> Any:
+        """Fill the channels beside the middle one, from it outwards, so that an end can repeat what lies before it."""
+        middle = self.layout.depth // 2
+        for distance in range(1, middle + 1):
+            for at in (middle - distance, middle + distance):
+                row = (sample.neighbours or [])[at if at < middle else at - 1]
+                if row is not None:
+                    problem = self._read(Sample.parse([*row, ()]), images[at], changed)
+                    if problem not in (None, "fast"):
+                        return *problem, row[0]  # that file is to blame
+                elif self.context_ends == "zero":
+                    images[at] = 0
+                else:
+                    images[at] = images[at + 1 if at < middle else at - 1]
+        return None
+
+    def _masks(self, sample: Sample, at: int, masks: NDArray[np.bool_]) -> None:
         for structure, box in enumerate(sample.boxes):
-            mask = slot.masks[number, structure]
-            slot.present[number, structure] = box is not None
+            mask = masks[structure]
             if box is None:
                 mask[...] = False
                 continue
@@ -315,6 +436,10 @@ class Decoder:
     def _empty(self, slot: Slot, number: int) -> None:
         slot.images[number] = 0
         slot.masks[number] = False
+        if self.layout.labels:
+            slot.labels[number] = -1
+        if self.layout.sequences:
+            slot.boxes[number] = slot.members[number] = -1
         slot.present[number] = False
         slot.valid[number] = False
 
@@ -328,8 +453,12 @@ def main() -> None:
         if message is None:
             return
         if message["op"] == "open":
-            decoders[message["stream"]] = Decoder(fds[0], fds[1], Layout(**message["layout"]), blank=message["blank"])
-            os.close(fds[0])  # the mapping stays
+            changed = None if message["pipeline"] is None else Changed(message["pipeline"], fds[2] if len(fds) > 2 else None)
+            decoders[message["stream"]] = Decoder(
+                fds[0], fds[1], Layout(**message["layout"]), blank=message["blank"], changed=changed, context_ends=message["context_ends"]
+            )
+            for fd in (fds[0], *fds[2:]):
+                os.close(fd)  # the mappings stay
         elif message["op"] == "close":
             decoder = decoders.pop(message["stream"], None)
             if decoder is not None:

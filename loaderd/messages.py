@@ -19,7 +19,7 @@ from typing import Any
 from catalog.embedded import default_home
 from catalog.errors import CatalogError
 
-PROTOCOL = 2
+PROTOCOL = 3
 LIMIT = 64 << 10  # bytes a message; in the steady state none is over 4 KiB
 FDS_SPACE = socket.CMSG_SPACE(4 * 4)  # for four descriptors
 SO_PEERPIDFD = 77  # since Linux 6.5; Python has no name for it

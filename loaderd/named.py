@@ -6,8 +6,10 @@ Functions of an open connection; the caller owns the transaction.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +18,10 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from catalog.errors import CatalogError, UsageError
-from loaderd.orders import Definition
+from loaderd.definitions import LISTS, Definition
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+BARE = re.compile("[A-Za-z0-9_-]+")  # a key of TOML without quotes
 MENTIONED = 10  # names that an error lists
 
 
@@ -40,8 +43,7 @@ def create(conn: Connection, name: str, definition: Definition) -> int:
     """
     if not name.isprintable() or not name or name != name.strip():
         raise UsageError(f"stream {name!r}: a name is printable text without blanks around it")
-    texts = (*definition.structures, definition.where or "", definition.split or "", definition.snapshot or "")
-    if any("\0" in text or not _is_unicode(text) for text in texts):
+    if any("\0" in text or not _is_unicode(text) for text in _texts(definition.to_json())):
         raise UsageError(f"stream {name!r}: the database cannot keep a NUL or half a character; see its structures, names and where")
     while True:
         made = conn.execute(
@@ -119,8 +121,10 @@ def from_toml(path: Path) -> Definition:
     fields = Definition.__dataclass_fields__
     if unknown := next((key for key in given if key not in fields), None):
         raise UsageError(f"{path}: {unknown!r} is no field of a stream; there are {', '.join(fields)}")
-    kinds = {list: "a list of names", str: "a text"}
-    for key, kind in (("structures", list), ("origins", list), ("where", str), ("split", str), ("snapshot", str)):
+    kinds = {list: "a list", str: "a text", dict: "a table"}
+    for key, kind in (
+        *((name, list) for name in LISTS), *((name, str) for name in ("where", "split", "snapshot", "labels")), ("sequences", dict),
+    ):  # fmt: skip
         if key in given and not isinstance(given[key], kind):
             raise UsageError(f"{path}: {key}={given[key]!r}: must be {kinds[kind]}")
     try:
@@ -155,8 +159,25 @@ def _unknown(conn: Connection, name: str) -> UsageError:
 
 
 def _shown(value: Any) -> str:
-    # JSON of texts, numbers, truth values and lists of them is TOML too, but for DEL.
+    if isinstance(value, dict):
+        return (
+            "{"
+            + ", ".join(f"{key if BARE.fullmatch(key) else _shown(key)} = {_shown(one)}" for key, one in value.items() if one is not None)
+            + "}"
+        )
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    # JSON of a text, number or truth value is TOML too, but for DEL.
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text that a definition holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.items() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _is_unicode(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a stream feeds, and the database's random order of it.
+"""The database's random order of what a stream feeds.
 
 The order is SQL's alone: ``ORDER BY uuid_hash_extended(sample_key, hashint8extended(epoch, seed)), sample_key``. No Python shuffles
 ids. It follows from what the samples are, so the same seed and content give the same order on any PostgreSQL, after dump and
@@ -14,112 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, LiteralString
 
 import psycopg
 from psycopg import IsolationLevel, sql
 
 from catalog.database import Database
-from catalog.errors import CatalogError, UsageError
-from catalog.selection import DRAWN, ORIGINS, checked, conditions, known, on_side, samples, side
+from catalog.errors import CatalogError
+from loaderd.definitions import Definition
+from loaderd.selections import SELECT_TIMEOUT_S, selection
 
 PART = 1_024  # positions a row of epoch_order
 FIRST = 4 * PART  # taken ahead by a top-N sort; whole parts
 LARGE = 100_000  # samples from which the full sort is worth not waiting for (25 ms)
-SELECT_TIMEOUT_S = 600  # for the selection, which holds a user's SQL
-DTYPES = ("float16", "float32", "float64")
 ORDER_LOCK = 1_554_429  # class of the advisory locks on run.id while an epoch is planned or begun
 PLANNER_LOCK = 1_554_430  # and of those on epoch.id while its order is being stored
 
 Connection = psycopg.Connection[tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Definition:
-    """What a stream feeds. Everything that changes a batch's content is here, and nothing else."""
-
-    structures: tuple[str, ...] = ()
-    snapshot: str | None = None
-    split: str | None = None
-    origins: tuple[str, ...] = DRAWN
-    where: str | None = None
-    limit: int | None = None
-    include_flagged: bool = False
-    require: str = "all"
-    batch_size: int = 8
-    seed: int = 0
-    shuffle: bool = True
-    tail: str = "short"
-    dtype: str = "float32"
-    on_error: str = "skip"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("require", ("all", "any")),
-            ("tail", ("short", "drop", "pad")),
-            ("dtype", DTYPES),
-            ("on_error", ("skip", "blank", "stop")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
-        # `type`, not isinstance: True is an int to Python, and JSON from a socket may hold anything.
-        if type(self.batch_size) is not int or not 1 <= self.batch_size <= 65_536:
-            raise UsageError(f"batch_size={self.batch_size!r}: must be a whole number from 1 to 65536")
-        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"seed={self.seed!r}: must be a whole number of 64 bits, since the database hashes with it")
-        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
-            raise UsageError(f"limit={self.limit!r}: must be a whole number from 1 on")
-        for name in ("shuffle", "include_flagged"):
-            if type(getattr(self, name)) is not bool:
-                raise UsageError(f"{name}={getattr(self, name)!r}: must be true or false")
-        if not all(isinstance(name, str) and name for name in self.structures) or len(set(self.structures)) != len(self.structures):
-            raise UsageError(f"structures={list(self.structures)!r}: must be different names")
-        if not self.origins or not all(one in ORIGINS for one in self.origins) or len(set(self.origins)) != len(self.origins):
-            raise UsageError(f"origins={list(self.origins)!r}: must be different ones of {', '.join(map(repr, ORIGINS))}")
-        object.__setattr__(self, "origins", tuple(sorted(self.origins)))  # their order says nothing
-        if self.split is not None:
-            side(self.split)
-        if self.snapshot is not None:
-            # A snapshot is a frozen list: what chooses anew contradicts it.
-            for name, value in (("where", self.where), ("include_flagged", self.include_flagged or None), ("origins", self._origins())):
-                if value is not None:
-                    raise UsageError(f"{name}={value!r}: a snapshot's samples are chosen when it is made; leave {name}= out")
-
-    def _origins(self) -> list[str] | None:
-        """Return the origins if they are not the default, which then says nothing."""
-        return None if self.origins == DRAWN else list(self.origins)
-
-    @classmethod
-    def from_json(cls, given: object) -> Definition:
-        """Return the definition that a client sent. Raises UsageError for anything that is none."""
-        names = set(cls.__dataclass_fields__)
-        if not isinstance(given, dict) or not set(given) <= names:
-            raise UsageError(f"a stream's definition has the fields {', '.join(sorted(names))}")
-        lists = {name: given[name] for name in ("structures", "origins") if name in given}
-        for name, value in lists.items():
-            if not isinstance(value, list):
-                raise UsageError(f"{name} must be a list of names")
-        for name in ("where", "split", "snapshot"):
-            if not (given.get(name) is None or isinstance(given[name], str)):
-                raise UsageError(f"{name} must be a text")
-        return cls(**{**given, **{name: tuple(value) for name, value in lists.items()}})
-
-    def whole(self) -> dict[str, Any]:
-        """Return all of its fields, as JSON has them."""
-        return {**self.__dict__, "structures": list(self.structures), "origins": list(self.origins)}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON keeps it. What came with a later version is there only where it says something: digests stay as they were."""
-        found = {**self.whole(), "origins": self._origins()}
-        return {name: value for name, value in found.items() if value is not None or name not in ("snapshot", "split", "origins")}
-
-    def digest(self) -> bytes:
-        """Return sha256 of the definition as canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,125 +73,6 @@ class Plan:
         with self._grew:
             self.stored, self.failed = max(self.stored, stored), failed
             self._grew.notify_all()
-
-
-def settled(conn: Connection, definition: Definition) -> Definition:
-    """Return the definition with its split's name spelled out, after a look at what it names.
-
-    Raises:
-        UsageError: If there is no such split, part, fold or snapshot, or the snapshot does not hold what is asked for.
-    """
-    if definition.snapshot is None:
-        return definition if definition.split is None else replace(definition, split=str(known(conn, side(definition.split))))
-    name = definition.snapshot
-    row = conn.execute("SELECT id, structures, definition->>'split' FROM snapshot WHERE name = %s", [name]).fetchone()
-    if row is None:
-        listed = ", ".join(str(one) for (one,) in conn.execute("SELECT name FROM snapshot ORDER BY name LIMIT 10").fetchall())
-        raise UsageError(f"snapshot={name!r}: there is none of this name; there are {listed or 'none, see `catalog snapshot create`'}")
-    snapshot_id, structures, split = row
-    if missing := [one for one in definition.structures if one not in structures]:
-        raise UsageError(f"structures={missing!r}: snapshot {name!r} holds {', '.join(structures) or 'images alone'}")
-    if definition.split is None:
-        return definition
-    wanted = side(definition.split)
-    if wanted.split not in (None, split):
-        raise UsageError(f"split={definition.split!r}: snapshot {name!r} was made with {f'split {split!r}' if split else 'no split'}")
-    here, parameters = on_side(wanted)
-    there = sql.SQL("SELECT EXISTS (SELECT FROM snapshot_sample WHERE snapshot_id = %(snapshot)s AND {})").format(here)
-    if conn.execute(there, {"snapshot": snapshot_id, **parameters}).fetchone() != (True,):
-        raise UsageError(f"split={definition.split!r}: snapshot {name!r} has nothing there; see `catalog snapshot show`")
-    return replace(definition, split=str(replace(wanted, split=None)))
-
-
-def selection(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
-    """Return the query of what a stream feeds, and its parameters: sample_id, sample_key, annotation_ids, rows, columns.
-
-    A `where` of the user's stands in it as text: it is checked to be one expression, and the login it runs under cannot write.
-    """
-    query, parameters = _live(definition) if definition.snapshot is None else _frozen(definition)
-    if definition.limit is not None:
-        query = sql.SQL("SELECT * FROM ({}) AS everything ORDER BY sample_key LIMIT %(limit)s").format(query)
-    return query, {"structures": list(definition.structures), "limit": definition.limit, **parameters}
-
-
-def _live(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
-    wanted = None if definition.split is None else side(definition.split)
-    found, parameters = conditions(
-        of_structures=bool(definition.structures), include_flagged=definition.include_flagged, origins=definition.origins, wanted=wanted
-    )
-    if definition.where is not None:
-        # The newline ends a comment that the text may end with; % is doubled for psycopg.
-        found.append(_text("(" + definition.where.replace("%", "%%") + "\n)"))
-    if not definition.structures:
-        return sql.SQL("SELECT sample_id, sample_key, '{{}}'::bigint[] AS annotation_ids, rows, columns FROM image_all WHERE {}").format(
-            sql.SQL(" AND ").join(found)
-        ), parameters
-    found.append(sql.SQL("structure = ANY(%(structures)s) AND area_px IS NOT NULL"))
-    query = sql.SQL(
-        "SELECT sample_id, sample_key, {drawn} AS annotation_ids, rows, columns FROM {samples} WHERE {conditions} "
-        "GROUP BY sample_id, sample_key, rows, columns"
-    ).format(drawn=_by_structure(definition), samples=samples(definition.origins), conditions=sql.SQL(" AND ").join(found))
-    return query + _all_of(definition), parameters
-
-
-def _frozen(definition: Definition) -> tuple[sql.Composed, dict[str, Any]]:
-    """Flags play no part; what is revoked or was erased is left out. A file that is gone is not: it comes as unreadable."""
-    parameters: dict[str, Any] = {"snapshot": definition.snapshot}
-    found: list[sql.Composable] = [sql.SQL("t.name = %(snapshot)s AND k.image_id NOT IN (SELECT sample_id FROM revoked_image)")]
-    if definition.split is not None:
-        here, of_side = on_side(side(definition.split))
-        found.append(here)
-        parameters |= of_side
-    of = sql.SQL("FROM snapshot t JOIN snapshot_sample k ON k.snapshot_id = t.id JOIN image i ON i.id = k.image_id")
-    if not definition.structures:
-        return sql.SQL(
-            "SELECT i.id AS sample_id, i.sample_key, '{{}}'::bigint[] AS annotation_ids, i.rows, i.columns {of} WHERE {conditions}"
-        ).format(of=of, conditions=sql.SQL(" AND ").join(found)), parameters
-    query = sql.SQL(
-        "SELECT i.id AS sample_id, i.sample_key, {drawn} AS annotation_ids, i.rows, i.columns {of} "
-        "JOIN snapshot_mask m ON (m.snapshot_id, m.number) = (k.snapshot_id, k.number) AND m.structure = ANY(%(structures)s) "
-        "JOIN pairing p ON p.id = m.pairing_id JOIN mask ON mask.pairing_id = p.id WHERE {conditions} GROUP BY i.id"
-    ).format(drawn=_by_structure(definition), of=of, conditions=sql.SQL(" AND ").join(found))
-    return query + _all_of(definition), parameters
-
-
-def _by_structure(definition: Definition) -> sql.Composed:
-    """Return the array of a sample's annotation ids, by the stream's structures; 0: none."""
-    one = sql.SQL("coalesce(max(annotation_id) FILTER (WHERE structure = {}), 0)")
-    return sql.SQL("ARRAY[{}]::bigint[]").format(sql.SQL(", ").join(one.format(sql.Literal(name)) for name in definition.structures))
-
-
-def _all_of(definition: Definition) -> sql.SQL:
-    several = definition.require == "all" and len(definition.structures) > 1
-    return sql.SQL(" HAVING count(*) = cardinality(%(structures)s)" if several else "")
-
-
-def check_where(conn: Connection, definition: Definition) -> None:
-    """Raise UsageError unless the user's `where` is one boolean expression over the view."""
-    checked(conn, definition.where, "sample" if definition.structures else "image_all", named=f"where={definition.where!r}")
-
-
-def shapes(conn: Connection, definition: Definition) -> dict[tuple[int, int], int]:
-    """Return (rows, columns) → number of samples of what the stream would feed now."""
-    query, parameters = selection(definition)
-    counted = sql.SQL("SELECT rows, columns, count(*) FROM ({}) AS s GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2").format(query)
-    return {(rows, columns): count for rows, columns, count in conn.execute(counted, parameters, prepare=True)}
-
-
-def one_shape(found: dict[tuple[int, int], int], definition: Definition) -> tuple[int, int]:
-    """Return the only (rows, columns), or raise UsageError saying which there are and what to pass."""
-    if not found:
-        what = [f"structures={list(definition.structures)!r}" if definition.structures else "any image"]
-        what += [f"{name}={value!r}" for name in ("snapshot", "split", "where") if (value := getattr(definition, name)) is not None]
-        raise UsageError(f"the stream is empty: no sample fits {', '.join(what)}; see `catalog status`")
-    if len(found) > 1:
-        listed = ", ".join(f"{rows}×{columns} ({count})" for (rows, columns), count in found.items())
-        rows, columns = next(iter(found))
-        raise UsageError(
-            f"images of {len(found)} shapes cannot share a batch: {listed} (rows×columns, samples); "
-            f'pass where="rows = {rows} and columns = {columns}"'
-        )
-    return next(iter(found))
 
 
 def find(conn: Connection, run_id: int, stream_id: int, epoch: int) -> Plan | None:
@@ -321,11 +116,11 @@ class Planner:
         self.writing.execute("SET synchronous_commit = off")
         self.writing.commit()
 
-    def plan(self, epoch: int, shape: tuple[int, int], expected: int, *, locked: bool = False) -> Plan:
+    def plan(self, epoch: int, shape: tuple[int, int] | None, expected: int, *, locked: bool = False) -> Plan:
         """Find an epoch's order, or take it and store it, all or (of a large one) the first 4,096 positions; the rest follows by a thread.
 
-        `expected` is about how many samples there are: it only decides whether the epoch is a large one. `locked`: the caller holds
-        the run's lock, on another connection.
+        `shape` is that of all images, None where they may differ. `expected` is about how many samples there are: it only decides whether
+        the epoch is a large one. `locked`: the caller holds the run's lock, on another connection.
         """
         if self._rest is not None:
             self._rest.join()  # it has the connections
@@ -415,7 +210,7 @@ class Planner:
         if self._last is not None and self._last.epoch_id == plan.epoch_id:
             self._last = None
 
-    def _complete(self, plan: Plan, shape: tuple[int, int], changes: int) -> Plan:
+    def _complete(self, plan: Plan, shape: tuple[int, int] | None, changes: int) -> Plan:
         """Go on where a planner died behind the first positions, which somebody was fed."""
         self._last = None
         if plan.catalog_changes != changes:
@@ -428,12 +223,12 @@ class Planner:
         self._store_behind(plan, shape)
         return plan
 
-    def _store_behind(self, plan: Plan, shape: tuple[int, int]) -> None:
+    def _store_behind(self, plan: Plan, shape: tuple[int, int] | None) -> None:
         self._storing = plan.epoch
         self._rest = threading.Thread(target=self._store_rest, args=(plan, shape), name="order", daemon=True)
         self._rest.start()
 
-    def _store_rest(self, plan: Plan, shape: tuple[int, int]) -> None:
+    def _store_rest(self, plan: Plan, shape: tuple[int, int] | None) -> None:
         try:
             self._store(plan, self._parts(plan.epoch, shape))
             self.writing.execute("SELECT pg_advisory_unlock(%s, %s::integer)", [PLANNER_LOCK, plan.epoch_id])
@@ -482,7 +277,7 @@ class Planner:
         """
         if self._last is None:
             return selection(self.definition)
-        numbers = [sql.SQL(str(number)) for number in range(1, len(self.definition.structures) + 1)]
+        numbers = [sql.SQL(str(number)) for number in range(1, self.definition.annotations + 1)]
         slices = [
             sql.SQL(", e.annotation_ids[cardinality(e.sample_ids) * ({k} - 1) + 1 : cardinality(e.sample_ids) * {k}]").format(k=number)
             for number in numbers
@@ -497,7 +292,7 @@ class Planner:
             names=sql.SQL("").join(sql.SQL(", {}").format(column) for column in columns),
         ), {"last": self._last.epoch_id}
 
-    def _parts(self, epoch: int, shape: tuple[int, int], first: int | None = None) -> Iterator[Part]:
+    def _parts(self, epoch: int, shape: tuple[int, int] | None, first: int | None = None) -> Iterator[Part]:
         """Yield the epoch's order; a whole order at once below `LARGE`.
 
         There the statement stays prepared: planning it took 17 ms on a busy machine. The first positions of a selection come with its
@@ -506,7 +301,7 @@ class Planner:
         query, parameters = self._fed()
         order = order_by(self.definition)
         limit = sql.SQL("") if first is None else sql.SQL(" ORDER BY {} LIMIT {}").format(order, sql.Literal(first))
-        drawn_here = sql.SQL("array_agg(annotation_ids ORDER BY position)" if self.definition.structures else "NULL")
+        drawn_here = sql.SQL("array_agg(annotation_ids ORDER BY position)" if self.definition.drawn else "NULL")
         counted = sql.SQL(", count(*) OVER () AS total" if first is not None and self._last is None else ", 0 AS total")
         whole = sql.SQL(
             "SELECT (position / {part})::integer, array_agg(sample_id ORDER BY position), {drawn}, "
@@ -527,8 +322,8 @@ class Planner:
                 yield Part(number, samples, annotations, bytes(keys), total)
 
 
-def _same_shape(found: tuple[int, int], shape: tuple[int, int]) -> None:
-    if found != shape:
+def _same_shape(found: tuple[int, int], shape: tuple[int, int] | None) -> None:
+    if shape is not None and found != shape:
         was, now = "×".join(map(str, shape)), "×".join(map(str, found))
         raise CatalogError(f"the catalog now has images of {now} in this stream, which began with {was}; open a new Feed")
 
@@ -542,11 +337,6 @@ def order_by(definition: Definition) -> sql.SQL:
 
 def _array(numbers: list[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
-
-
-def _text(query: str) -> sql.SQL:
-    # The only place here where text from a user becomes SQL; `check_where` has looked at it.
-    return sql.SQL(query)
 
 
 def _one(conn: Connection, query: LiteralString, parameters: list[Any] | None = None) -> int:

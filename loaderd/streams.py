@@ -19,20 +19,25 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from catalog.errors import CatalogError
 from loaderd import decode, ring
+from loaderd.definitions import Definition
 from loaderd.messages import Message, MessageError
-from loaderd.orders import Definition, Plan
+from loaderd.orders import Plan
 from loaderd.shares import Share, Span, without
 from loaderd.supply import CHUNK, Begun, Event, Failed, Fetched, Opened, Planned, Started, Supply
 from loaderd.workers import Workers
 
+if TYPE_CHECKING:
+    from loaderd.pools import Pool
+
 FETCHED_AHEAD = 2 * CHUNK  # positions; a crash reports at most these and one chunk more as delivered than were
 PLANNED_AHEAD = 16  # epochs that a trainer may ask for and leave before they are planned
 DEADLY = 2  # workers that a sample may kill until it is left out
+NOT_THE_FILES = ("no-access", "colour", "label", "no-spacing", "too-large")  # what no flag on a file would explain
 UNREADABLE_SHARE = 0.01  # of an epoch; beyond it the storage is at fault, not single files
 
 
@@ -141,6 +146,9 @@ class Stream:
         self._slots, self._again, self._revoked, self._room = slots, again, revoked, room
         self._tell, self._end = tell, end
         self._ring_fd = self._work_fd = -1
+        self._fds: tuple[int, ...] = ()
+        self._pool: Pool | None = None  # of a stream of sequences
+        self._taken_out = 0  # samples that were revoked when the pool was looked at
         self._free: deque[int] = deque()
         self._generation: list[int] = []
         self._leased: dict[int, int] = {}  # slot → generation that the trainer holds
@@ -203,32 +211,50 @@ class Stream:
     def _open(self, opened: Opened) -> None:
         definition = self.definition = opened.definition
         self.run, self.name, self.stream_id = opened.run, opened.name, opened.stream_id
-        layout = ring.layout_for(
+        one = ring.Layout(
             batch_size=definition.batch_size,
             structures=len(definition.structures),
             rows=opened.rows,
             columns=opened.columns,
             dtype=definition.dtype,
-            slots=self._slots,
+            slots=1,
+            channels=definition.channels,
+            depth=1 + 2 * definition.context,
+            labels=opened.labels,
+            sequences=definition.sequences is not None,
         )
+        layout = replace(one, slots=self._slots or ring.default_slots(one))
         self._room(layout.size)
         self._ring_fd = ring.create(layout)
         self.layout = layout
         self._work_fd = os.memfd_create("loaderd-work", os.MFD_CLOEXEC)
         self._free.extend(range(self.layout.slots))
         self._generation = [0] * self.layout.slots
-        opening = {"layout": self.layout.to_json(), "blank": definition.on_error == "blank"}
-        self.workers.open(self.number, opening, (self._ring_fd, self._work_fd))
+        opening = {
+            "layout": self.layout.to_json(), "blank": definition.on_error == "blank", "context_ends": definition.context_ends,
+            "pipeline": None if definition.plain else {
+                "transforms": definition.transforms, "seed": definition.seed, "size": definition.size, "fit": definition.fit,
+                "sequences": definition.sequences, "statistics": opened.constants.get("statistics"),
+            },
+        }  # fmt: skip
+        self._fds = (self._ring_fd, self._work_fd) if opened.pool is None else (self._ring_fd, self._work_fd, opened.pool)
+        if opened.pool is not None:
+            from loaderd.pools import Pool
+
+            self._pool = Pool(opened.pool)
+        self.workers.open(self.number, opening, self._fds)
         share = Share(opened.num_samples, definition.batch_size, self.supply.client.rank, self.supply.client.num_ranks, definition.tail)
         answer = {
             "op": "attached",
             "layout": self.layout.to_json(),
             "structures": list(definition.structures),
+            "classes": opened.constants.get("classes"),
             "digest": definition.digest().hex(),
             "run": opened.run,
             "num_samples": opened.num_samples,
             "steps": share.steps,
             "batch_size": definition.batch_size,
+            "tail": definition.tail,
         }
         if opened.attempt is not None:
             answer |= _where(opened)
@@ -420,6 +446,9 @@ class Stream:
         self._generation[batch.slot] += 1
         batch.generation = self._generation[batch.slot]
         batch.report = None
+        if self._pool is not None and len(self._revoked) != self._taken_out:
+            self._pool.take_out(self._revoked)
+            self._taken_out = len(self._revoked)
         batch.revoked = self._places(batch, self._revoked)
         batch.killers = self._places(batch, self._killers) - batch.revoked
         holes = batch.revoked | batch.killers
@@ -464,6 +493,9 @@ class Stream:
             return
         if report is None:
             self._end(f"epoch {batch.epoch.number}, batch {batch.index}: decoding it killed several workers; see the log")
+            return
+        if "fault" in report:
+            self._end(f"epoch {batch.epoch.number}, batch {batch.index}: {report['fault']}")
             return
         unreadable = report.get("unreadable", [])
         self.counters.decoded += len(batch.samples) - len(unreadable) - len(batch.revoked) - len(batch.killers)
@@ -512,7 +544,7 @@ class Stream:
             if code == "root-missing":
                 self._end(f"{where}: sample {sample_id}: {message}; mount it again; nothing was flagged")
                 return
-            if code.startswith("cache-") or code in ("no-access", "colour"):
+            if code.startswith("cache-") or code in NOT_THE_FILES:
                 self._end(f"{where}: sample {sample_id}: {message}; nothing was flagged")
                 return
         epoch.unreadable += len(unreadable)
@@ -653,8 +685,8 @@ class Stream:
     def _release_memory(self) -> None:
         if self._ring_fd >= 0:
             self.workers.forget(self.number)
-            os.close(self._ring_fd)
-            os.close(self._work_fd)
+            for fd in self._fds:
+                os.close(fd)
             self._ring_fd = self._work_fd = -1
 
     @property

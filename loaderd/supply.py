@@ -26,12 +26,14 @@ from psycopg import sql
 
 from catalog import __version__
 from catalog.database import Database, explain
-from catalog.errors import CatalogError, DatabaseError
+from catalog.errors import CatalogError, DatabaseError, UsageError
 from catalog.terms import REASON, REASONS
-from loaderd import attempts, ledger, named, orders
+from loaderd import attempts, ledger, named, orders, selections
 from loaderd.attempts import Attempt
+from loaderd.definitions import Definition, settled
 from loaderd.messages import Message
-from loaderd.orders import Definition, Plan
+from loaderd.neighbours import LOCATED, LOCATION, Neighbours, with_neighbours
+from loaderd.orders import Plan
 from loaderd.shares import Share, Span
 
 CHUNK = 1_024  # positions a query, rounded down to whole batches
@@ -47,15 +49,27 @@ WORK_MEMORY = "64MB"  # for the sort of a chunk, which would spill to disk with 
 # A host that vanishes without a word gives its locks back after a minute. Unix sockets ignore it.
 KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 
+# A text that is no number has one by its place among the classes that the stream began with.
+LABEL = sql.SQL(
+    "CASE WHEN %(classes)s::text[] IS NOT NULL THEN array_position(%(classes)s::text[], la.label) - 1 "
+    "WHEN la.label ~ '^[+-]?[0-9]{1,18}$' THEN la.label::bigint END"
+)
 
-def work_query(structures: int) -> sql.Composed:
+
+def work_query(definition: Definition) -> sql.Composed:
     """Return the query of the work for positions of an epoch: a row and the masks' bits for each.
 
     The annotations are those of the order, not those that are current now: an epoch is fed as it was planned. The masks' boxes and bits
     stand in the order of the stream's structures, null and nothing where there is none. A join a structure: one lateral join for all
-    took twice as long.
+    took twice as long. Of a stream that is fed more than images and masks a row has label, pixel spacing and neighbours, too.
     """
+    structures = len(definition.structures)
     numbers = range(1, structures + 1)
+    more, joins = sql.Composed([]), sql.Composed([])
+    if not definition.plain:
+        more = sql.SQL(", {}, json_build_array(i.row_spacing, i.column_spacing)").format(LABEL if definition.labels else sql.SQL("NULL"))
+    if definition.labels is not None:
+        joins = sql.SQL("LEFT JOIN annotation la ON la.id = s.a{} ").format(sql.SQL(str(structures + 1)))
 
     def each(text: LiteralString, between: LiteralString) -> sql.Composed:
         return sql.SQL(between).join(sql.SQL(text).format(k=sql.SQL(str(number))) for number in numbers)
@@ -64,23 +78,26 @@ def work_query(structures: int) -> sql.Composed:
         "CASE WHEN m{k}.bits IS NOT NULL THEN json_build_array(m{k}.box_row, m{k}.box_column, m{k}.box_rows, m{k}.box_columns) END", ", "
     )
     bits = each("coalesce(m{k}.bits, '')", " || ") if structures else sql.SQL("''::bytea")
-    slices = each(", e.annotation_ids[cardinality(e.sample_ids) * ({k} - 1) + 1 : cardinality(e.sample_ids) * {k}]", "")
-    drawn = each(", a{k}", "")
+    drawn_numbers = [sql.SQL(str(number)) for number in range(1, definition.annotations + 1)]
+    slices = sql.SQL("").join(
+        sql.SQL(", e.annotation_ids[cardinality(e.sample_ids) * ({k} - 1) + 1 : cardinality(e.sample_ids) * {k}]").format(k=number)
+        for number in drawn_numbers
+    )
+    drawn = sql.SQL("").join(sql.SQL(", a{}").format(number) for number in drawn_numbers)
     masks = each(
         "LEFT JOIN pairing p{k} ON p{k}.annotation_id = s.a{k} AND p{k}.image_id = i.id LEFT JOIN mask m{k} ON m{k}.pairing_id = p{k}.id ",
         "",
     )
     return sql.SQL(
-        "SELECT convert_to(json_build_array(i.id, encode(uuid_send(i.sample_key), 'hex'), pl.url, pl.path, f.size, f.mtime_ns, "
-        "l.byte_offset, l.byte_length, l.dtype, i.slope, i.intercept, i.frame, i.rows, i.columns, n.sop_instance_uid, "
-        "encode(i.pixel_hash, 'hex'), f.format, l.coding, l.bits_stored, i.modality_lut, json_build_array({boxes}))::text, 'UTF8'), {bits} "
+        "SELECT convert_to(json_build_array({location}, json_build_array({boxes}){more})::text, 'UTF8'), {bits} "
         "FROM epoch_order e CROSS JOIN LATERAL unnest(e.sample_ids{slices}) WITH ORDINALITY AS s (id{drawn}, n) "
-        "JOIN image i ON i.id = s.id JOIN instance n ON n.id = i.instance_id "
-        "LEFT JOIN location l ON l.image_id = i.id AND l.preferred LEFT JOIN file f ON f.id = l.file_id "
-        "LEFT JOIN place pl ON pl.file_id = f.id "
-        "{masks}WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / %(part)s AND (%(end)s - 1) / %(part)s "
+        "JOIN image i ON i.id = s.id {located}{masks}{joins}"
+        "WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / %(part)s AND (%(end)s - 1) / %(part)s "
         "AND e.part * %(part)s + s.n - 1 <@ %(positions)s::int8multirange ORDER BY e.part, s.n"
-    ).format(boxes=boxes, bits=bits, slices=slices, drawn=drawn, masks=masks)
+    ).format(
+        location=sql.SQL(LOCATION), located=sql.SQL(LOCATED), boxes=boxes, bits=bits, slices=slices, drawn=drawn, masks=masks, more=more,
+        joins=joins,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +118,10 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The stream is open: the shape of its images and how many samples it has now. No attempt: the run was fed before."""
+    """The stream is open: the shape of its images and how many samples it has now. No attempt: the run was fed before.
+
+    `labels`: numbers a sample. `pool`: a memfd with the digits of a stream of sequences, which is the stream's to close.
+    """
 
     definition: Definition
     stream_id: int
@@ -111,6 +131,9 @@ class Opened:
     columns: int
     num_samples: int
     attempt: Attempt | None
+    labels: int
+    constants: dict[str, Any]
+    pool: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +204,9 @@ class Supply:
         self._begun = -1  # the last epoch that was asked for
         self._ahead: tuple[int, int] | None = None  # (epoch_id, ledger_id) of the epoch that was begun before it is asked for
         self._work: sql.Composed
-        self._shape = (0, 0)
+        self._around: Neighbours | None = None
+        self._shape: tuple[int, int] | None = None
+        self._constants: dict[str, Any] = {}
         self._num_samples = 0
         self._closing = threading.Event()
         self._pseudonymized = False
@@ -430,15 +455,17 @@ class Supply:
         asked, client = self.asked, self.client
         self._conn = self._connect()
         if (name := asked.get("stream")) is None:
-            self.definition = orders.settled(self._conn, Definition.from_json(asked.get("definition")))
+            self.definition = settled(self._conn, Definition.from_json(asked.get("definition")))
         else:
             stream_id, self.definition = named.find(self._conn, name)
             # Of a split the part alone may be named; and what the stream names may be gone.
-            given = orders.settled(self._conn, Definition.from_json({**self.definition.whole(), **asked["definition"]}))
+            given = settled(self._conn, Definition.from_json({**self.definition.whole(), **asked["definition"]}))
             named.compare(name, self.definition, given.whole())
+        if client.uid != os.getuid() and any(one["name"] == "user" for one in self.definition.transforms):
+            raise UsageError("transforms: user: this daemon is another user's, and calls no functions for you; run one of your own")
         self._pseudonymized = self._conn.execute("SELECT EXISTS (SELECT FROM pseudonymization)").fetchone() == (True,)
-        with self.database.read_only(timeout_s=orders.SELECT_TIMEOUT_S) as reading:
-            orders.check_where(reading, self.definition)
+        with self.database.read_only(timeout_s=selections.SELECT_TIMEOUT_S) as reading:
+            selections.check_where(reading, self.definition)
             if name is None:
                 stream_id = attempts.open_stream(self._conn, self.definition)
                 self._conn.commit()
@@ -446,11 +473,22 @@ class Supply:
             # What a condition of the user's selects may change without the catalog.
             found = attempts.seen(self._conn, stream_id, going_on=going_on) if going_on or self.definition.where is None else None
             if found is None:
-                shapes = orders.shapes(reading, self.definition)
-                found = (*orders.one_shape(shapes, self.definition), sum(shapes.values()))
+                shapes = selections.shapes(reading, self.definition)
+                found = (*selections.one_shape(shapes, self.definition), sum(shapes.values()))
+            if self.definition.looks_up:
+                from loaderd import constants
+
+                self._constants = constants.of(self._conn, reading, stream_id, self.definition)
         *shape, self._num_samples = found
-        self._shape = (shape[0], shape[1])
-        self._work = work_query(len(self.definition.structures))
+        self._shape = (shape[0], shape[1]) if self.definition.fixed_size is None else None
+        fed_as = self.definition.fixed_size or (shape[0], shape[1])
+        self._work = work_query(self.definition)
+        self._around = Neighbours(self.definition.context) if self.definition.context else None
+        pool, labels = None, int(self.definition.labels is not None)
+        if self.definition.sequences is not None:
+            from loaderd import pools
+
+            pool, fed_as, labels = pools.make(self.database, self.definition)
         self._consumer_id = attempts.attach(
             self._conn, stream_id, rank=client.rank, num_ranks=client.num_ranks, pid=client.pid, uid=client.uid,
             daemon_pid=os.getpid(), versions=client.versions,
@@ -458,7 +496,10 @@ class Supply:
         self._conn.commit()
         run = asked.get("run") or attempts.unused_name(self._conn)
         attempt = self._first_attempt(stream_id, run)
-        return Opened(self.definition, stream_id, name, run, *self._shape, num_samples=self._num_samples, attempt=attempt)
+        return Opened(
+            self.definition, stream_id, name, run, *fed_as, num_samples=self._num_samples, attempt=attempt, labels=labels,
+            constants=self._constants, pool=pool,
+        )  # fmt: skip
 
     def _first_attempt(self, stream_id: int, run: str) -> Attempt | None:
         """Go on with the attempt that the trainer was in, or open one, unless its state may still come (load_state_dict)."""
@@ -574,6 +615,8 @@ class Supply:
             return None if self._closing.is_set() else self._plan(plan.epoch)
         if plan.catalog_changes != self._kept_for:
             self._kept, self._kept_for = {}, plan.catalog_changes
+            if self._around is not None:
+                self._around.forget()
         samples = self._samples(plan, spans)
         if len(samples) < sum(end - first for first, end in spans):  # another rank planned it again, or a crash of PostgreSQL took it
             planned = self._plan(plan.epoch)
@@ -582,11 +625,15 @@ class Supply:
             return planned
         work = [kept for sample in samples if (kept := self._kept.get(sample)) is not None]
         if len(work) < len(samples):
-            parameters = {"epoch": plan.epoch_id, "first": spans[0][0], "end": spans[-1][1], "part": orders.PART}
+            parameters: dict[str, Any] = {"epoch": plan.epoch_id, "first": spans[0][0], "end": spans[-1][1], "part": orders.PART}
+            if self.definition.labels is not None:
+                parameters["classes"] = self._constants.get("classes")
             with self._conn.cursor(binary=True) as cursor:
                 work = cursor.execute(self._work, {**parameters, "positions": ledger.multirange(spans)}, prepare=True).fetchall()
             if len(work) < len(samples):
                 raise CatalogError(f"epoch {plan.epoch}: of {len(samples)} positions only {len(work)} have an image; was a patient erased?")
+            if self._around is not None:
+                work = with_neighbours(work, self._around.rows(self._conn, samples))
             if plan.num_samples <= KEPT:
                 self._kept.update(zip(samples, work, strict=True))
         ledger_id = self._reserve(plan, steps) if reserve else None

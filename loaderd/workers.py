@@ -65,7 +65,7 @@ class Shared:
     """What a worker needs once for a stream."""
 
     message: Message
-    fds: tuple[int, int]
+    fds: tuple[int, ...]
 
 
 class Workers:
@@ -79,7 +79,7 @@ class Workers:
         self._next = 0
         self.workers = [self._spawn() for _ in range(count)]
 
-    def open(self, stream: int, message: Message, fds: tuple[int, int]) -> None:
+    def open(self, stream: int, message: Message, fds: tuple[int, ...]) -> None:
         """Give every worker, also those to come, the ring and the work file of a stream; the descriptors stay the caller's."""
         self.streams[stream] = Shared({"op": "open", "stream": stream, **message}, fds)
         for worker in self.workers:

@@ -494,7 +494,8 @@ def test_other_users_are_refused(serve: Serve, shared_folder: Path) -> None:
 
 
 def test_a_group_is_let_in_and_reads_alone(serve: Serve, shared_folder: Path, conn: psycopg.Connection) -> None:
-    """With --group its members may ask and attach, by their first or another group; nobody else. What they get cannot be written."""
+    """With --group its members may ask and attach, by their first or another group; nobody else. What they get cannot be written, and no
+    function that they name is called."""
     group = grp.getgrgid(NOBODY)
     found = serve("--group", group.gr_name)
     path = found["socket"]
@@ -505,6 +506,8 @@ def test_a_group_is_let_in_and_reads_alone(serve: Serve, shared_folder: Path, co
     for groups in ((), (1, 2, 3), tuple(range(100, 5_000))):
         assert "another user" in stranger(path, HELLO, gid=12_345, groups=groups)["reply"]["message"]
     assert stranger(path, {"op": "status"}, groups=tuple(range(100, 5_000)))["reply"]["op"] == "status"
+    theirs = {**GOOD, "transforms": [{"name": "user", "function": "os:abort"}]}
+    assert "calls no functions for you" in stranger(path, {**HELLO, "definition": theirs})["reply"]["message"]
     for gid, groups in ((NOBODY, ()), (12_345, (7, NOBODY))):
         said = stranger(path, {**HELLO, "versions": {"torch": "2.7"}}, gid=gid, groups=groups)
         assert said["reply"]["op"] == "attached"

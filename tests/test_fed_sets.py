@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -10,7 +12,8 @@ import pytest
 from catalog import database, flags
 from catalog.errors import UsageError
 from loaderd import Feed, FeedError
-from loaderd.orders import Definition
+from loaderd.definitions import Definition
+from loaderd.workers import python
 from tests.conftest import Run
 
 SNAPSHOT = """
@@ -29,6 +32,16 @@ SELECT k.snapshot_id, k.number, 'inner', p.id, sha256('z') FROM samples k
 JOIN sample s ON s.sample_id = k.image_id AND s.structure = 'inner'
 JOIN pairing p ON p.annotation_id = s.annotation_id AND p.image_id = s.sample_id
 """
+
+
+@pytest.fixture
+def ingested(ingested: str) -> Iterator[str]:
+    """The same, with one daemon for all feeds of a test: each would start its own, which takes longer than to be fed."""
+    command, environment = python("-m", "loaderd", "serve", "--workers", "1")
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd="/") as process:
+        assert process.stderr is not None and "serving" in process.stderr.readline()
+        yield ingested
+        process.terminate()
 
 
 def fed(*arguments: str, **how: object) -> list[int]:

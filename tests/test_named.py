@@ -22,7 +22,7 @@ from catalog.selection import ORIGINS
 from loaderd import named
 from loaderd.attempts import CONSUMER_LOCK
 from loaderd.cli import main
-from loaderd.orders import Definition
+from loaderd.definitions import Definition
 from tests.conftest import Run
 
 INNER = Definition(structures=("inner",), seed=7)
@@ -187,8 +187,8 @@ def test_the_database_keeps_a_definition_as_it_is(conn: psycopg.Connection, defi
     [
         ("batch_size = 'many'", "batch_size='many'"),
         ("batch_size = true", "batch_size=True"),
-        ("batchsize = 8", "'batchsize' is no field of a stream; there are structures, snapshot, split, origins, where,"),
-        ("structures = 'inner'", "structures='inner': must be a list of names"),
+        ("batchsize = 8", "'batchsize' is no field of a stream; there are structures, snapshot, split, origins, readers,"),
+        ("structures = 'inner'", "structures='inner': must be a list"),
         ("structures = [1]", "structures=[1]"),
         ("where = 3", "where=3: must be a text"),
         ("limit = 2026-01-01", "limit=datetime.date(2026, 1, 1)"),

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from catalog import database, ingest
 from catalog.errors import UsageError
-from loaderd import attempts, ledger, orders
-from loaderd.orders import Definition
+from loaderd import attempts, ledger, orders, selections
+from loaderd.definitions import Definition
 from tests.processes import wait_until
 
 INNER = Definition(structures=("inner",), seed=7)
@@ -31,8 +31,8 @@ def plan(url: str, definition: Definition, epoch: int, run: str = "test") -> tup
         run_id = make_run(conn, run)
         conn.commit()
         planner = orders.Planner(db, definition, run_id, stream_id)
-        found = orders.shapes(planner.reading, definition)
-        made = planner.plan(epoch, orders.one_shape(found, definition), sum(found.values()))
+        found = selections.shapes(planner.reading, definition)
+        made = planner.plan(epoch, selections.one_shape(found, definition), sum(found.values()))
         made.wait_for(made.num_samples)
         if planner._rest is not None:
             planner._rest.join()
@@ -237,11 +237,11 @@ def test_where_stands_alone(database_url: str, studies: Path) -> None:
     take_in(database_url, studies)
     with database.open_database(database_url) as db, db.read_only() as reading:
         for good in ("patient = 'SYN0001'", "true -- a comment", "path LIKE '%.dcm'", "area_px > 10 OR (phase = 0 AND position < 1e9)"):
-            orders.check_where(reading, Definition(structures=("inner",), where=good))
+            selections.check_where(reading, Definition(structures=("inner",), where=good))
         for bad in ("1=1) or (1=1", "true THEN true END FROM sample; SELECT CASE WHEN true", "true; DELETE FROM flag", "", "nonsense", "1",
                     "true) UNION SELECT 1 --", "true /*", "(SELECT password FROM sql_login) = ''"):  # fmt: skip
             with pytest.raises(UsageError, match="where="):
-                orders.check_where(reading, Definition(structures=("inner",), where=bad))
+                selections.check_where(reading, Definition(structures=("inner",), where=bad))
 
 
 def test_limit_takes_the_first_by_key(database_url: str, studies: Path) -> None:

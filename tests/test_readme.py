@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
+def write_digits(folder: Path) -> None:
+    """Write 20 images of 28×28 px as MNIST does, with the labels 0 to 9."""
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    (folder / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *pixels.shape) + pixels.tobytes())
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, 20) + bytes(at % 10 for at in range(20)))
+
+
 def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None:
-    """Every command and Python block under "The five things" and three more sections, copied out in this order, runs without an error."""
-    titles = ("The five things", "Trainings that go on", "Know what you train on", "Sets that can be proved")
+    """Every command and Python block under "The five things" and four more sections, copied out in this order, runs without an error."""
+    titles = ("The five things", "Trainings that go on", "Know what you train on", "Sets that can be proved", "What the trainer gets")
     sections = [re.search(rf"^## {title}$(.*?)^## ", README, re.M | re.S) for title in titles]
     blocks = [found for section in sections if section for found in re.findall(r"^```(sh|python)\n(.*?)^```", section[1], re.M | re.S)]
     assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh", "python", "sh", "sh", "sh", "sh", "sh",
-                                           "sh", "python", "sh"]  # fmt: skip
+                                           "sh", "python", "sh", "python", "sh", "sh"]  # fmt: skip
+    write_digits(tmp_path / "mnist")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []
     for kind, written in blocks:
         # The words for the user's own folder and patient.
-        text = written.replace("/data/final_data", str(studies)).replace("SCD0000201", "SYN0002")
+        text = (
+            written.replace("/data/final_data", str(studies))
+            .replace("SCD0000201", "SYN0002")
+            .replace("/data/mnist", str(tmp_path / "mnist"))
+        )
         command = ["sh", "-ec", text] if kind == "sh" else [sys.executable, "-c", text]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
         assert done.returncode == 0, (text, done.stderr)
@@ -37,3 +53,5 @@ def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None
     assert "looked at it: is right" in printed[11]
     assert "is what was frozen" in printed[12] and (tmp_path / "v1.h5").stat().st_size > 100_000
     assert "interpolated" in printed[14] and (tmp_path / "intensities.png").stat().st_size > 10_000
+    assert "has 12 samples now" in printed[16] and (tmp_path / "augmented.png").stat().st_size > 10_000
+    assert (tmp_path / "digits.png").stat().st_size > 1_000
