@@ -406,7 +406,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="3 seeds, without the 8,000 digits: is it all in order?")
     parser.add_argument("--again", action="store_true", help="tables and plot from the JSON")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "sampling.json")
+    parser.add_argument("--json", type=Path, default=HERE.parent / "docs" / "sampling.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "sampling.png")
     arguments = parser.parse_args()
     if arguments.again:
