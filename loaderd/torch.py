@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catalog.errors import UsageError
+from loaderd.arrays import FIELDS
 from loaderd.attach import FeedError
 from loaderd.client import Batch, Feed
 
@@ -24,8 +25,6 @@ try:
     from torch.utils.data import IterableDataset, get_worker_info
 except ModuleNotFoundError:
     raise UsageError("feed.torch() needs PyTorch, which is not installed: pip install 'scanfeed[torch]'") from None
-
-FIELDS = ("images", "masks", "labels", "present", "sample_ids", "sample_keys", "valid")
 
 
 class FeedDataset(IterableDataset[Any]):  # type: ignore[misc]
@@ -37,9 +36,9 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc]
     Args:
         feed: The feed; it stays the caller's, who closes it.
         device: Where the tensors lie: ``"cpu"`` or ``"cuda"``, ``"cuda:1"``, ….
-        fields: What a tuple holds, in this order: ``"images"``, ``"masks"``, ``"labels"``, ``"present"``, ``"sample_ids"`` (int64
-            (B,), the catalog's ids), ``"sample_keys"`` (uint8 (B, 16)), ``"valid"`` (bool (B,)). By default what a `Batch` unpacks to:
-            (images, masks). Shapes and dtypes are the batch's.
+        fields: What a tuple holds, in this order: ``"images"``, ``"masks"``, ``"labels"``, ``"boxes"``, ``"members"``, ``"present"``,
+            ``"sample_ids"`` (int64 (B,), the catalog's ids), ``"sample_keys"`` (uint8 (B, 16)), ``"valid"`` (bool (B,)). By default what
+            a `Batch` unpacks to: (images, masks), (images, labels) or all three. Shapes and dtypes are the batch's.
         copy: False gives tensors on the CPU that are the views themselves: nothing may be written to them, an in-place operation ends
             the process; and each holds a slot of the ring for as long as it or a view of it lives. For batches that are moved to a
             device at once.
@@ -84,7 +83,7 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc]
         for name in self._fields:
             array = getattr(batch, name, None)
             if array is None:
-                raise UsageError(f"fields: {name!r}: this feed has none; open it with structures=… or labels=…")
+                raise UsageError(f"fields: {name!r}: this feed has none; open it with structures=, labels= or sequences=")
             found.append(self._tensor(array))
         return tuple(found)
 
