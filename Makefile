@@ -14,7 +14,8 @@ NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py di
 	crashes.py top.py readme.py nearness.py shapes.py rulefiles.py gallery.py plots.py qa_docs.py rules_mask.py shift.py \
 	faults.py ingest_errors.py interpolate.py threshold.py export.py private.py privacy_docs.py pseudonyms.py planted.py \
 	decode.py named.py ingest.py feed.py ranks.py million.py sunnybrook.py flags.py aio.py transforms.py intensity.py sequences.py \
-	sequence_stream.py fed_changed.py sampling_page.py frameworks_*.py))
+	sequence_stream.py fed_changed.py sampling_page.py frameworks_*.py feed_gallery.py constants.py shares.py \
+	rules_file.py rules_relation.py rules_series.py))
 # Tests wait for processes more than they compute. A file's tests stay in one process, as they share what it made; tests/conftest.py has the order.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 WORKERS ?= 3
@@ -42,9 +43,9 @@ soak: $(VENV)/.dev ## trainings and ingests under hundreds of deaths, fuzzing; t
 	$(BIN)/python -m pytest -m soak -s -q
 
 frameworks: $(VENV)/.frameworks ## PyTorch, Keras, JAX and TensorFlow: their tests, and examples that train; installs them
-	$(BIN)/python -m pytest $(wildcard tests/test_frameworks_*.py)
-	home=$$(mktemp -d) && chmod 711 $$home && cd examples && for example in unet_torch keras_fit jax_step; do \
-		CATALOG_HOME=$$home $(abspath $(BIN))/python $$example.py || exit; done
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(wildcard tests/test_frameworks_*.py)
+	cd examples && printf '%s\n' unet_torch keras_fit jax_step | xargs -P 2 -I {} sh -ec 'CATALOG_HOME=$$(mktemp -d); \
+		chmod 711 $$CATALOG_HOME; export CATALOG_HOME; $(abspath $(BIN))/python {}.py'
 
 bench: $(VENV)/.bench ## feeding and ingesting, measured; installs torch
 	$(BIN)/python benchmarks/feed.py

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loaderd.attach import FeedError
-    from loaderd.client import Batch, Feed, batches
+    from loaderd.batch import Batch
+    from loaderd.client import Feed, batches
 
 __all__ = ["Batch", "Feed", "FeedError", "batches"]
 

@@ -12,7 +12,8 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
 
-from loaderd.client import Batch, Feed
+from loaderd.batch import Batch
+from loaderd.client import Feed
 
 _Asked = SimpleQueue["asyncio.Future[Batch | None] | None"]
 

@@ -12,7 +12,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from catalog.errors import UsageError
-from loaderd.client import Batch, Feed
+from loaderd.batch import Batch
+from loaderd.client import Feed
 
 FIELDS = ("images", "masks", "labels", "boxes", "members", "present", "sample_ids", "sample_keys", "valid")
 

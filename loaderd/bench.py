@@ -22,7 +22,8 @@ from catalog.errors import CatalogError
 from loaderd import messages
 from loaderd.attach import ask
 from loaderd.attempts import CONSUMER_LOCK
-from loaderd.client import Batch, Feed
+from loaderd.batch import Batch
+from loaderd.client import Feed
 from loaderd.messages import Message
 
 PAGE = 4096

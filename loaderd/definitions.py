@@ -154,16 +154,17 @@ class Definition:
         names = set(cls.__dataclass_fields__)
         if not isinstance(given, dict) or not set(given) <= names:
             raise UsageError(f"a stream's definition has the fields {', '.join(sorted(names))}")
-        lists = {name: given[name] for name in LISTS if given.get(name) is not None}
+        lists = {name: given[name] for name in LISTS if name in given}
+        optional = ("readers", "size")
         for name, value in lists.items():
-            if not isinstance(value, list):
+            if not isinstance(value, list) and not (value is None and name in optional):
                 raise UsageError(f"{name} must be a list")
         for name in ("where", "split", "snapshot", "labels"):
             if not (given.get(name) is None or isinstance(given[name], str)):
                 raise UsageError(f"{name} must be a text")
         if not (given.get("sequences") is None or isinstance(given["sequences"], dict)):
             raise UsageError("sequences must be a table of options, such as {length = [3, 8]}")
-        return cls(**{**given, **{name: tuple(value) for name, value in lists.items()}})
+        return cls(**{**given, **{name: None if value is None else tuple(value) for name, value in lists.items()}})
 
     def whole(self) -> dict[str, Any]:
         """Return all of its fields, as JSON has them."""

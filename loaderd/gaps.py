@@ -84,6 +84,8 @@ class Spacing:
         Args:
             words: uint64 (B, at least `self.words(digits)`), uniformly random.
         """
+        if len(words) <= FEW:  # numpy's calls take 60 µs, however few the rows
+            return np.array([self.draw_one(row.tolist(), digits) for row in words], np.int64).reshape(len(words), digits + 1)
         gaps, span = self.gaps(digits), self.high - self.low
         found = np.zeros((len(words), digits + 1), np.int64)
         inner = found if self.subtype == "edge" else found[:, 1:-1]
@@ -94,13 +96,23 @@ class Spacing:
                 inner[...] = (self.width - digits * self.side) // gaps
         elif self.width is None:
             inner[...] = self.low + below(words[:, :gaps], span + 1)
-        elif len(words) <= FEW:  # numpy's calls take 60 µs, however few the rows
-            counted = _listed_counts(gaps, span, self._spare(digits))
-            for row, rank in zip(inner, _long_ranks(words, counted[gaps][-1] - counted[gaps][-2]), strict=True):
-                row[...] = [self.low + gap for gap in _unranked_one(rank, counted, self._spare(digits))]
         else:
             inner[...] = self.low + unranked(_ranks(words, gaps, span, self._spare(digits)), gaps, span, self._spare(digits))
         return found
+
+    def draw_one(self, words: list[int], digits: int) -> list[int]:
+        """Return the gaps of one sequence, in px: as `draw`, of the same words as Python's integers."""
+        gaps, span = self.gaps(digits), self.high - self.low
+        if self.type == "fixed":
+            wide = self.low + (words[0] * (span + 1) >> 64) if self.width is None else (self.width - digits * self.side) // gaps
+            inner = [wide] * gaps
+        elif self.width is None:
+            inner = [self.low + (word * (span + 1) >> 64) for word in words[:gaps]]
+        else:
+            spare = self._spare(digits)
+            counted = _listed_counts(gaps, span, spare)
+            inner = [self.low + gap for gap in _unranked_one(_long_rank(words, counted[gaps][-1] - counted[gaps][-2]), counted, spare)]
+        return inner if self.subtype == "edge" else [0, *inner, 0]
 
     def _spare(self, digits: int) -> int:
         """Return what the gaps have to share beyond the least, px."""
@@ -176,13 +188,16 @@ def _ranks(words: Words, gaps: int, span: int, total: int) -> NDArray[Any]:
         high, low, more = _high(words[:, 0], scale), words[:, 0] * scale, _high(words[:, 1], scale)
         return np.asarray(high + (low + more < low), np.int64)
     found = np.empty(len(words), object)
-    found[:] = _long_ranks(words, count)
+    found[:] = [_long_rank(row.tolist(), count) for row in words]
     return found
 
 
-def _long_ranks(words: Words, count: int) -> list[int]:
+def _long_rank(words: list[int], count: int) -> int:
     used = (count - 1).bit_length() // 64 + 2
-    return [int.from_bytes(row[:used].astype(">u8").tobytes(), "big") * count >> 64 * used for row in words]
+    number = 0
+    for word in words[:used]:
+        number = number << 64 | word
+    return number * count >> 64 * used
 
 
 def below(words: Words, count: int | NDArray[Any]) -> NDArray[np.int64]:

@@ -15,7 +15,8 @@ import numpy as np
 from catalog.errors import UsageError
 from loaderd.arrays import Arrays
 from loaderd.attach import FeedError
-from loaderd.client import Batch, Feed
+from loaderd.batch import Batch
+from loaderd.client import Feed
 
 try:
     import jax

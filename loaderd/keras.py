@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from catalog.errors import UsageError
 from loaderd.arrays import ArraysLookedAt
-from loaderd.client import Batch, Feed
+from loaderd.batch import Batch
+from loaderd.client import Feed
 
 try:
     import keras

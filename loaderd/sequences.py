@@ -133,6 +133,7 @@ class Sequencer:
         # All images of a 0 by their place in the pool, then those of a 1, …
         self._order = np.argsort(self._labels, kind="stable")
         self._first = np.searchsorted(self._labels[self._order], np.arange(11))
+        self._starts: list[int] = self._first.tolist()
         self._drawn = np.flatnonzero(np.diff(self._first))  # digits that there are
         longest = self.max_length
         self._gap_words = max(self._spacing.words(one) for one in range(self.min_length, longest + 1))
@@ -215,6 +216,41 @@ class Sequencer:
         """
         words = generator.integers(0, 2**64, (len(digits), self._words), np.uint64)
         return self._new(words, digits, dtype)
+
+    def image(self, digits: Sequence[int], generator: np.random.Generator) -> NDArray[np.float32]:
+        """Return the image alone of one sequence, as wide as it is: that of `compose`, by few calls of numpy: a quarter of the time.
+
+        Raises:
+            UsageError: If there is no image of a digit.
+        """
+        words = generator.integers(0, 2**64, (1, self._words), np.uint64)
+        length = len(digits)
+        drawn: list[int] = words[0].tolist()
+        of_images, of_gaps = drawn[2 + self.max_length :], drawn[2 + 2 * self.max_length :]
+        order, first, alive = self._order, self._starts, self._alive
+        indices = [
+            int(order[first[digit] + (word * (first[digit + 1] - first[digit]) >> 64)]) if first[digit + 1] > first[digit] else -1
+            for digit, word in zip(digits, of_images, strict=False)
+        ]
+        if not all(index >= 0 and alive[index] for index in indices):
+            made = self._new(words, np.array([digits]), np.float32)
+            return made.images[0, :, : made.widths[0]]
+        crops = self._images[indices]
+        if self._transform:
+            changes = words[0, -distortion.WORDS * self.max_length :].reshape(-1, distortion.WORDS)
+            distortion.distort(crops, changes[:length], dropped_to=255 if self._white else 0)
+        gaps = self._spacing.draw_one(of_gaps, length)
+        canvas = np.zeros((self.height, sum(gaps) + length * self._side), np.uint8)
+        at = 0
+        for crop, gap in zip(crops, gaps, strict=False):
+            at += gap
+            canvas[:, at : at + self._side] = crop
+            at += self._side
+        if self._white:
+            np.invert(canvas, out=canvas)  # 255 - value
+        image = canvas.astype(np.float32)
+        image /= np.float32(255)
+        return image
 
     def _new(self, words: Words, digits: NDArray[np.int64] | None, dtype: Any) -> Composed:
         count, longest = len(words), self.max_length
@@ -372,9 +408,7 @@ def compose(
 
         checked(options)  # before the catalog is opened
         pool = of_catalog.once(database)
-    made = pool.sequencer(options).compose(np.array([numbers]), generator(seed))
-    image: NDArray[np.float32] = made.images[0, :, : made.widths[0]]
-    return image
+    return pool.sequencer(options).image(numbers, generator(seed))
 
 
 def numbers_of(digits: str | Iterable[int]) -> list[int]:

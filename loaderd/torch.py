@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from catalog.errors import UsageError
 from loaderd.arrays import FIELDS
 from loaderd.attach import FeedError
-from loaderd.client import Batch, Feed
+from loaderd.batch import Batch
+from loaderd.client import Feed
 
 try:
     import torch

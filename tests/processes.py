@@ -51,3 +51,10 @@ def server_ended(home: Path, timeout_s: float = 30) -> bool:
         return True
 
     return not (home / "server.lock").exists() or wait_until(free, timeout_s)
+
+
+def odd(items: list[int]) -> list[int]:
+    """Double what it is given; ends its process at 13. Here, since each process that it runs in imports this module."""
+    if 13 in items:
+        os._exit(9)
+    return [item * 2 for item in items]

@@ -251,7 +251,7 @@ def test_no_client_can_harm_the_daemon_or_other_trainers(serve: Serve, loaderd: 
         forger = stack.enter_context(connected(path))
         again = {"attempt": 1, "epoch": 0, "received": 1, "ahead": 0, "acknowledged": [[0, 1]]}
         messages.send(forger, {**HELLO, "definition": GOOD, "run": "good", "again": again})
-        harm = [spawn.Process(target=fuzz, args=(path, seed, 20_000)) for seed in range(5)]
+        harm = [spawn.Process(target=fuzz, args=(path, seed, 8_000)) for seed in range(5)]
         harm += [spawn.Process(target=crowd, args=(path, count)) for count in (1_000, 100, 100, 100, 100, 100)]
         for process in harm:
             process.start()

@@ -26,6 +26,7 @@ from catalog import database, dicom, ingest
 from catalog.ingest import Summary
 from loaderd import Feed, FeedError, decode
 from loaderd.decode import Decoder, Sample
+from loaderd.definitions import Definition
 from loaderd.ring import Layout, create
 from loaderd.supply import work_query
 from tests.conftest import DATA, _create, _named
@@ -128,7 +129,7 @@ def work(conn: psycopg.Connection[Any], nth: int) -> list[Sample]:
     for part in range(0, len(ids), 1024):
         conn.execute("INSERT INTO pg_temp.epoch_order VALUES (0, %s, %s, '{}')", [part // 1024, ids[part : part + 1024]])
     asked = {"epoch": 0, "first": 0, "end": len(ids), "part": 1024, "positions": f"{{[0,{len(ids)})}}"}
-    rows = conn.execute(work_query(0), asked).fetchall()
+    rows = conn.execute(work_query(Definition()), asked).fetchall()
     conn.rollback()
     assert len(rows) == len(ids)
     return [Sample.parse(json.loads(row)) for row, _ in rows]

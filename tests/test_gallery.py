@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from html.parser import HTMLParser
@@ -17,6 +16,7 @@ from PIL import Image
 from catalog import gallery, gallery_page, workers
 from catalog.database import Database, open_database
 from catalog.errors import CatalogError, UsageError
+from tests import processes
 
 HOSTILE = '"><script>alert(1)</script><img src=http://x/y onerror=z>&amp;\u202e$\\bad$'
 
@@ -323,16 +323,9 @@ def test_flags_are_listed_and_their_places_drawn(db: Database, conn: psycopg.Con
     assert re.search(r'<li class="info">info: RELATION-ALONE on \w+ \(pairing\): no outer</li>', text)
 
 
-def odd(items):
-    """Ends its process at 13."""
-    if 13 in items:
-        os._exit(9)
-    return [item * 2 for item in items]
-
-
 def test_what_kills_its_process_costs_itself_alone() -> None:
     """The others' results come, in order."""
-    found = list(workers.mapped(odd, list(range(40)), died=lambda item: -item, jobs=2))
+    found = list(workers.mapped(processes.odd, list(range(40)), died=lambda item: -item, jobs=2))
     assert found == [-13 if item == 13 else item * 2 for item in range(40)]
 
 

@@ -660,7 +660,7 @@ def group(leader: int) -> list[int]:
 def test_killed_at_any_moment(
     three: Path, conn: Conn, database_url: str, new_database: Callable[[], str], tmp_path: Path, take_in: Callable[..., Summary]
 ) -> None:
-    """Killed by -9 at a dozen random moments and begun again, an ingest ends with what it would have written undisturbed.
+    """Killed by -9 at eight random moments and begun again, an ingest ends with what it would have written undisturbed.
 
     Each time whole files are there only, no reading process stays, and the killed run is on record as interrupted.
     """
@@ -671,7 +671,7 @@ def test_killed_at_any_moment(
     random_moments = random.Random(2026)
     environment = program(tmp_path, slow=0.004)
     kills = 0
-    for _ in range(3):
+    for _ in range(2):
         url = new_database()
         with psycopg.connect(url, autocommit=True) as there:
             for moment in sorted(random_moments.randrange(total + 5) for _ in range(4)):
@@ -700,7 +700,7 @@ def test_killed_at_any_moment(
                 before = tuples(there)
                 ingest.ingest(db, three, executor=threads)
                 assert tuples(there) == before
-    assert kills >= 8  # the others had ended by then
+    assert kills >= 5  # the others had ended by then
 
 
 def test_reader_that_dies(three: Path, conn: Conn, catalog: Run, tmp_path: Path) -> None:

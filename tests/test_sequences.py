@@ -100,7 +100,9 @@ def test_gaps_lie_in_the_range_and_give_the_width(data: st.DataObject) -> None:
         assert str(least) in str(caught.value)
         return
     spacing.check([number])
-    found = spacing.draw(words(5, spacing.words(number)), number)
+    random = words(5, spacing.words(number))
+    found = spacing.draw(random, number)
+    assert found.tolist() == [spacing.draw_one(row.tolist(), number) for row in random]
     inner = found if subtype == "edge" else found[:, 1:-1]
     assert found.shape == (5, number + 1)
     assert (subtype == "edge") or not found[:, [0, -1]].any()
@@ -168,6 +170,22 @@ def test_compose_is_the_seed_s_call() -> None:
     free = {sequences.compose("350", (2, 9), None, seed=seed, pool=POOL).shape[1] for seed in range(20)}
     assert len(free) > 5 and min(free) >= 84 + 4 * 2 and max(free) <= 84 + 4 * 9
     assert sequences.compose("7", (4, 4), 36, pool=POOL).shape == (28, 36)
+
+
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("how", [{}, {"type": "fixed"}, {"subtype": "between"}, {"width": None}, {"ground": "black"}])
+def test_one_image_is_that_of_many(how: dict[str, Any], transform: bool) -> None:
+    """The image that `compose` gives by itself is, pixel for pixel, the one of the batch of the same random words; of dead digits, too."""
+    options = {"length": 10, "width": 390, "transform": transform, **how}
+    alive = np.ones(len(POOL.labels), np.bool_)
+    sequencer = sequences.Sequencer(options, POOL.images, POOL.labels, POOL.sample_ids, alive)
+    numbers = [3, 1, 4, 1, 5, 9, 2, 6, 5, 0]
+    for seed in range(25):
+        alive[:] = True
+        alive[:: seed % 3 + 3] = seed < 15  # a third of the images, a quarter, …
+        made = sequencer.compose(np.array([numbers]), sequences.generator(seed))
+        one = sequencer.image(numbers, sequences.generator(seed))
+        assert one.dtype == np.float32 and np.array_equal(one, made.images[0, :, : made.widths[0]])
 
 
 @pytest.mark.parametrize(
