@@ -19,6 +19,7 @@ import pytest
 
 from catalog import database, embedded
 from catalog.errors import DatabaseError
+from tests.processes import server_ended
 
 REPOSITORY = Path(__file__).parent.parent
 ROOT = os.geteuid() == 0
@@ -526,6 +527,7 @@ def test_server_that_does_not_start(home):
     """The reason that PostgreSQL gave is in the message, one line, at once; the cause removed, it starts."""
     with embedded.use(home):
         pass
+    assert server_ended(home)  # else the one that is ending answers once more
     configuration = home / "postgresql/postgresql.auto.conf"
     before = configuration.read_text()
     configuration.write_text("shared_buffers = lots\n")

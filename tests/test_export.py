@@ -417,7 +417,7 @@ def test_ended_anywhere(frozen: str, export: Export, tmp_path: Path, monkeypatch
     for name in system:
         monkeypatch.setattr(*((tarfile.TarFile, name) if name == "addfile" else (os, name)), dying(name))
     ends = 0
-    for after in range(1, 400, 5):
+    for after in range(1, 400, 4):
         place = tmp_path / "ended" / PLACES[to]
         shutil.rmtree(place.parent, ignore_errors=True)
         place.parent.mkdir()
