@@ -14,7 +14,7 @@ NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py di
 	crashes.py top.py readme.py nearness.py shapes.py rulefiles.py gallery.py plots.py qa_docs.py rules_mask.py shift.py \
 	faults.py ingest_errors.py interpolate.py threshold.py export.py private.py privacy_docs.py pseudonyms.py planted.py \
 	decode.py named.py ingest.py feed.py ranks.py million.py sunnybrook.py flags.py aio.py transforms.py intensity.py sequences.py \
-	sequence_stream.py fed_changed.py sampling_page.py frameworks_*.py feed_gallery.py constants.py shares.py \
+	sequence_stream.py fed_changed.py sampling_page.py frameworks_*.py feed_gallery.py constants.py fed_sets.py neighbours.py \
 	rules_file.py rules_relation.py rules_series.py))
 # Tests wait for processes more than they compute. A file's tests stay in one process, as they share what it made; tests/conftest.py has the order.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

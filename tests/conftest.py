@@ -30,7 +30,7 @@ DATA = Path(os.environ.get("SCANFEED_DATA", REPOSITORY.parent / "shared" / "data
 IMAGE = os.environ.get("POSTGRES_IMAGE", "postgres:17")
 
 # Two shared cores: how long an example takes says nothing.
-hypothesis.settings.register_profile("scanfeed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("scanfeed", max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("scanfeed")
 
 # A shell that runs the suite in the background has it ignore Ctrl-C, and so would every process that tests start and interrupt.
