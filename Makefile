@@ -17,7 +17,8 @@ NOT_IN_CONTAINER = $(wildcard $(addprefix tests/test_,embedded.py contours.py di
 	sequence_stream.py fed_changed.py sampling_page.py frameworks_*.py feed_gallery.py constants.py fed_sets.py neighbours.py \
 	rules_file.py rules_relation.py rules_series.py))
 # Tests wait for processes more than they compute. A file's tests stay in one process, as they share what it made; tests/conftest.py has the order.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# A process that crashed is not replaced: pytest-xdist (3.8) then waits for ever for what is left of its file.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help
@@ -40,7 +41,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 soak: $(VENV)/.dev ## trainings and ingests under hundreds of deaths, fuzzing; takes long
-	$(BIN)/python -m pytest -m soak -s -q
+	$(BIN)/python -m pytest -m soak -s -q -o faulthandler_timeout=0
 
 frameworks: $(VENV)/.frameworks ## PyTorch, Keras, JAX and TensorFlow: their tests, and examples that train; installs them
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(wildcard tests/test_frameworks_*.py)

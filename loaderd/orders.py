@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, LiteralString
 
@@ -32,6 +32,7 @@ FIRST = 4 * PART  # taken ahead by a top-N sort; whole parts
 LARGE = 100_000  # samples from which the full sort is worth not waiting for (25 ms)
 ORDER_LOCK = 1_554_429  # class of the advisory locks on run.id while an epoch is planned or begun
 PLANNER_LOCK = 1_554_430  # and of those on epoch.id while its order is being stored
+CANCEL_S = 0.5  # how long a cancelled selection has to end before it is cancelled again
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -99,12 +100,14 @@ class Planner:
         self.run_id, self.stream_id = run_id, stream_id
         self._rest: threading.Thread | None = None
         self._storing = -1  # the epoch whose order it stores
+        self._broken_off = False
         self._last: Plan | None = None
         self.epoch: int | None = None  # that is being planned, or was last
         self.connect()
 
     def connect(self) -> None:
         """Open both connections, also anew."""
+        self._broken_off = False
         self.reading = self.database.read_only(timeout_s=SELECT_TIMEOUT_S)
         self.reading.autocommit = True  # what this connection does otherwise is rolled back, settings too
         with contextlib.suppress(psycopg.Error):  # not on every system; else a daemon that was killed leaves a sort running
@@ -172,11 +175,12 @@ class Planner:
 
     def close(self, begun: int = -1) -> None:
         """Give up both connections; an order of an epoch up to `begun` is stored to its end first, since somebody may go on in it."""
-        if self._rest is not None and self._rest.is_alive():
+        # First its thread ends: libpq frees a connection that is closed, also under a thread that reads from it, and the process aborts.
+        while self._rest is not None and self._rest.is_alive():
             if self._storing > begun:
+                self._broken_off = True
                 self.cancel()  # else PostgreSQL goes on sorting for nobody
-            else:
-                self._rest.join()
+            self._rest.join(CANCEL_S)  # again, as between two statements there is nothing to cancel
         self.reading.close()
         self.writing.close()
 
@@ -230,7 +234,8 @@ class Planner:
 
     def _store_rest(self, plan: Plan, shape: tuple[int, int] | None) -> None:
         try:
-            self._store(plan, self._parts(plan.epoch, shape))
+            with contextlib.closing(self._parts(plan.epoch, shape)) as parts:
+                self._store(plan, parts)
             self.writing.execute("SELECT pg_advisory_unlock(%s, %s::integer)", [PLANNER_LOCK, plan.epoch_id])
             self.writing.commit()
             self.reading.rollback()
@@ -246,6 +251,8 @@ class Planner:
         digest = hashlib.sha256()
         stored = 0
         for part in parts:
+            if self._broken_off:
+                raise CatalogError(f"epoch {plan.epoch}: its order was broken off, as the trainer left")
             digest.update(part.keys)
             stored += len(part.samples)
             if stored > plan.stored:
@@ -292,7 +299,7 @@ class Planner:
             names=sql.SQL("").join(sql.SQL(", {}").format(column) for column in columns),
         ), {"last": self._last.epoch_id}
 
-    def _parts(self, epoch: int, shape: tuple[int, int] | None, first: int | None = None) -> Iterator[Part]:
+    def _parts(self, epoch: int, shape: tuple[int, int] | None, first: int | None = None) -> Generator[Part]:
         """Yield the epoch's order; a whole order at once below `LARGE`.
 
         There the statement stays prepared: planning it took 17 ms on a busy machine. The first positions of a selection come with its

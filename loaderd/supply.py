@@ -393,8 +393,9 @@ class Supply:
                         command()
                     self._again = True
                 elif self._planner is not None:
-                    self._planner.close()
-                    self._planner.connect()
+                    with self._planning:  # the other thread may plan with it
+                        self._planner.close()
+                        self._planner.connect()
                 if self.outage_since is not None:
                     self._say("PostgreSQL is back", peer=self.client.pid, after_s=f"{time.monotonic() - lost:.2f}")
                 self.outage_since = None

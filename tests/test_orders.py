@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -219,7 +220,10 @@ def test_a_planner_that_dies_behind_the_first_positions(
 def test_a_trainer_that_leaves_while_its_order_is_stored(
     database_url: str, studies: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:
-    """The order of an epoch that was begun is stored to its end, so that a run can go on in it; one that was not is broken off."""
+    """The order of an epoch that was begun is stored to its end, so that a run can go on in it; one that was not is broken off.
+
+    Either way no thread still reads from a connection that is closed: libpq frees it, and the whole process aborts.
+    """
     take_in(database_url, studies)
     for name, value in (("PART", 4), ("FIRST", 4), ("LARGE", 1)):
         monkeypatch.setattr(orders, name, value)
@@ -229,6 +233,7 @@ def test_a_trainer_that_leaves_while_its_order_is_stored(
         planner = orders.Planner(db, INNER, make_run(conn, "r"), attempts.open_stream(conn, INNER))
         assert planner.plan(0, (64, 64), 12).stored == 4
         planner.close(begun=0 if begun else -1)
+        assert not any(thread.name == "order" for thread in threading.enumerate())
     assert conn.execute("SELECT order_sha256 IS NOT NULL FROM epoch").fetchone() == (begun,)
 
 
