@@ -9,6 +9,7 @@ import typer
 
 from catalog.errors import UsageError
 from catalog.output import DatabaseUrl, number
+from loaderd.output import opened
 
 
 def gallery(
@@ -19,18 +20,12 @@ def gallery(
     database: DatabaseUrl = None,
 ) -> None:
     """Draw samples of a stream as they lie in the catalog and, beside that, as a trainer gets them epoch by epoch. Feeds nobody."""
-    import psycopg
-
-    from catalog.database import explain, open_database
     from loaderd import gallery as galleries
 
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output}: -o takes a file that ends in .png")
-    with open_database(database) as db:
-        try:
-            found = galleries.look(db, stream, samples=samples, epochs=epochs)
-        except psycopg.Error as error:
-            raise explain(error, db) from error
+    with opened(database) as db:
+        found = galleries.look(db, stream, samples=samples, epochs=epochs)
     output.write_bytes(galleries.picture(found))
     shown = number(len(found.epochs[0].sample_ids), "sample")
     typer.echo(f"{output}: {shown} of {found.num_samples} in {number(epochs, 'epoch')}")

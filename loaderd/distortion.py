@@ -52,7 +52,7 @@ def distort(digits: NDArray[np.uint8], words: Words, dropped_to: int) -> None:
     if (some := np.flatnonzero(blurred)).size:
         digits[some] = _blurred(digits[some], chance[some, 10] * BLUR)
     if (some := np.flatnonzero(dropped)).size:
-        kept = _field(words[some, 11], digits[0].size).reshape(-1, *digits.shape[1:]) >= np.uint64(int(DROP * 2**64))
+        kept = _field(words[some, 11], digits[0].size).reshape(-1, *digits.shape[1:]) >= round(DROP * 2**16)
         digits[some] = np.where(kept, digits[some], np.uint8(dropped_to))
 
 
@@ -64,17 +64,18 @@ def _resampled(digits: NDArray[np.uint8], cut: NDArray[Any], strength: NDArray[A
     ys = cut[:, 0, None] * rows + (np.arange(rows) + 0.5) * (1 - cut[:, 0] - cut[:, 1])[:, None] - 0.5
     xs = cut[:, 2, None] * columns + (np.arange(columns) + 0.5) * (1 - cut[:, 2] - cut[:, 3])[:, None] - 0.5
     at = np.empty((2, count, rows, columns), np.float32)
-    at[0], at[1] = xs[:, None, :], ys[:, :, None]
-    if (some := np.flatnonzero(strength)).size:
-        halves = _field(seeds[some], rows * columns)
-        for axis, bits in ((0, halves >> np.uint64(40)), (1, halves & np.uint64(0xFFFFFF))):
-            away = bits.astype(np.float32) * np.float32(2.0**-23) - 1
-            at[axis, some] += (away * strength[some, None].astype(np.float32)).reshape(-1, rows, columns)
     # In steps of 1/256 px, which a float32 holds exactly also in the last row of many digits: so where a digit lies changes no pixel.
-    np.divide(np.rint(at * np.float32(256), out=at), np.float32(256), out=at)
     # Within its own digit: the one below begins a row further down.
-    np.clip(at[0], 0, columns - 1, out=at[0])
-    np.clip(at[1], 0, rows - 1, out=at[1])
+    at[0] = (np.rint(np.clip(xs, 0, columns - 1) * 256) / 256)[:, None, :]
+    at[1] = (np.rint(np.clip(ys, 0, rows - 1) * 256) / 256)[:, :, None]
+    if (some := np.flatnonzero(strength)).size:
+        away = _field(seeds[some], 2 * rows * columns).astype(np.float32).reshape(-1, 2, rows * columns)
+        away -= np.float32(2**15 - 0.5)
+        away *= (strength[some] * (256 / 2**15)).astype(np.float32)[:, None, None]
+        np.rint(away, out=away)
+        away *= np.float32(1 / 256)
+        for axis, last in ((0, columns - 1), (1, rows - 1)):
+            at[axis, some] = np.clip(at[axis, some] + away[:, axis].reshape(-1, rows, columns), 0, last)
     at[1] += (np.arange(count, dtype=np.float32) * rows)[:, None, None]
     stacked = at.reshape(2, count * rows, columns)
     found = cv2.remap(digits.reshape(-1, columns), stacked[0], stacked[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -90,13 +91,17 @@ def _blurred(digits: NDArray[np.uint8], sigma: NDArray[Any]) -> NDArray[np.uint8
     return np.asarray(np.rint(down), np.uint8)
 
 
-def _field(seeds: Words, count: int) -> Words:
-    """Return `count` random words for each seed: SplitMix64 (Steele, Lea, Flood 2014), whose n-th word needs no other."""
-    return mixed(seeds[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+def _field(seeds: Words, count: int) -> NDArray[np.uint16]:
+    """Return `count` random numbers of 16 bits for each seed: SplitMix64 (Steele, Lea, Flood 2014), whose n-th word needs no other."""
+    words = mixed(seeds[:, None] + GOLDEN * np.arange(1, -(-count // 4) + 1, dtype=np.uint64))
+    return words.astype("<u8", copy=False).view("<u2")[:, :count]  # four a word, from the low end on any machine
 
 
 def mixed(words: Words) -> Words:
     """Return SplitMix64's finalizer of words: another word for each, as random as it was."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    words = words ^ (words >> np.uint64(30))
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words
