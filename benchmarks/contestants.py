@@ -221,8 +221,9 @@ def pytorch(settings: Settings, dataset: Callable[[str], Any]) -> Measured:
 def write_work(folder: str) -> int:
     """Take the rows of one epoch out of the database, as the daemon does, into FOLDER/work. Returns how many samples it has."""
     from catalog.database import open_database
-    from loaderd import ledger, orders, supply
+    from loaderd import ledger, orders
     from loaderd.definitions import Definition
+    from loaderd.work import work_query
 
     with open_database(home=Path(folder, "home")) as db, db.connect() as conn, conn.cursor(binary=True) as cursor:
         newest = "SELECT id, num_samples FROM epoch WHERE started_at IS NOT NULL ORDER BY id DESC LIMIT 1"
@@ -230,7 +231,7 @@ def write_work(folder: str) -> int:
         assert found is not None, "nothing was fed from this database yet"
         epoch, samples = int(found[0]), int(found[1])
         parameters = {"epoch": epoch, "first": 0, "end": samples, "part": orders.PART, "positions": ledger.multirange([(0, samples)])}
-        work = cursor.execute(supply.work_query(Definition(structures=("inner",))), parameters).fetchall()
+        work = cursor.execute(work_query(Definition(structures=("inner",))), parameters).fetchall()
     Path(folder, "work").write_text("".join(json.dumps([row.decode(), bits.hex()]) + "\n" for row, bits in work))
     return samples
 

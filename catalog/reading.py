@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -114,26 +114,55 @@ class _Readers(ProcessPoolExecutor):
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         # A process that starts now finds no script to run again, so one that ingests needs no main guard, and what a command imports is
         # not imported once more (0.5 s). It inherits that Ctrl-C is for the writer alone, from its first line on.
-        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-        try:
-            return super().submit(*args, **kwargs)
-        finally:
-            sys.modules["__main__"] = main
-            if blocked is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        with _undisturbed():
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
+                return super().submit(*args, **kwargs)
+            finally:
+                sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Have Ctrl-C wait until the block is through: a process half started would be one that nobody ends, and would say so on stderr.
+
+    To block the signal here is for the processes and threads that begin meanwhile, which inherit that. Another thread that does not
+    block it, such as those of NumPy's BLAS, still takes it, and Python then interrupts this one all the same.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    handled = callable(before) and threading.current_thread() is threading.main_thread()
+    if handled:
+        signal.signal(signal.SIGINT, note)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if handled:
+            signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(signal.SIGINT, None)
 
 
 @contextlib.contextmanager
 def processes(jobs: int | None, files: int) -> Iterator[Executor]:
     """Have reading processes, at most one a task; whatever ends the context ends them."""
-    pool = _Readers(max(1, min(jobs or os.cpu_count() or 1, -(-files // FILES_PER_TASK))))
+    with _undisturbed():
+        pool = _Readers(max(1, min(jobs or os.cpu_count() or 1, -(-files // FILES_PER_TASK))))
     try:
         yield pool
     except BaseException:
-        for process in (pool._processes or {}).values():
+        for process in list((pool._processes or {}).values()):
             process.terminate()  # Ctrl-C ends within a second, whatever is being read
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Not without waiting: at its exit Python would wake the executor's thread through a pipe that this one may just be closing.
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 

@@ -23,6 +23,7 @@ from loaderd.workers import python
 
 START_S = 60
 ANSWER_S = 5.0  # for a daemon to answer in
+LEAVE_S = 15.0  # and to say goodbye: whoever left relies on what was fed being in the ledger, and a private daemon gone
 GRACE_S = 5.0  # how long `loaderd serve` has to come back by itself after a crash, until its trainers start one of their own
 RUNNING = "a loaderd of this database is running"  # what a second one says
 _started: list[subprocess.Popen[bytes]] = []  # private daemons of this process, to be reaped
@@ -147,7 +148,7 @@ def _start_private(url: str | None) -> None:
 
     By `subprocess`, never by fork: this works from a script without a main guard, from Jupyter, ``-c`` and standard input.
     """
-    _started[:] = [process for process in _started if process.poll() is None]
+    _reap()
     command, environment = python("-m", "loaderd", "serve", "--private")
     if url is not None:
         environment["CATALOG_DATABASE_URL"] = url  # not an argument: it may hold a password, and all users see arguments
@@ -178,7 +179,7 @@ def _start_private(url: str | None) -> None:
 def leave(sock: socket.socket) -> None:
     """Say goodbye, and wait for a daemon that ends with this."""
     try:
-        sock.settimeout(5)
+        sock.settimeout(LEAVE_S)
         messages.send(sock, {"op": "bye"})
         while (reply := messages.receive(sock)) is not None:
             if reply["op"] == "bye":
@@ -194,9 +195,17 @@ def _wait_for_end(sock: socket.socket) -> None:
         _, _, pidfd = messages.peer_pidfd(sock)
     except OSError:  # it has ended
         return
-    _readable(pidfd, 15)
+    _readable(pidfd, LEAVE_S)
     os.close(pidfd)
-    _started[:] = [process for process in _started if process.poll() is None]
+    _reap()
+
+
+def _reap() -> None:
+    """Forget private daemons that ended. Never by making the list anew: another thread may be adding to it."""
+    for process in list(_started):
+        if process.poll() is not None:
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _started.remove(process)
 
 
 def _readable(fd: int, timeout_s: float) -> bool:

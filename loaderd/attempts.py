@@ -26,7 +26,7 @@ from loaderd.shares import Share, Span
 CONSUMER_LOCK = 1_554_427  # class of the advisory locks on consumer.id; arbitrary
 RUN_LOCK = 1_554_428  # and of those on run.id, held while an attempt is opened
 DIFFERENT_S = 3  # how long a rank waits for others that began elsewhere to be gone, until it says so
-BACK_S = 10  # how long a rank that comes late waits for the others, whose daemon was killed, to attach again
+BACK_S = 30  # how long a rank that comes late waits for the others, whose daemon was killed, to attach again
 TAKEOVER_S = 20  # how long a new attempt waits for the consumers of the one before it to be gone
 Connection = psycopg.Connection[tuple[Any, ...]]
 

@@ -396,6 +396,7 @@ class Feed:
             }  # fmt: skip
             self._attach["run"] = self.run
         self._take(attach.again(self._attach, self._database, self._path, deadline, private=self._private))
+        self._check()  # closed meanwhile by another thread, which woke who waits for the daemon that died
         _log.warning("attached again after %.2f s", time.monotonic() - began)
 
     def _batch(self, message: Message) -> Batch:

@@ -30,7 +30,7 @@ MOST_READ = 2_000  # images whose pixels are read here, one after the other: som
 BINS = 1 << 20  # of the histogram that percentiles are taken from
 AT_ONCE = 1 << 20  # pixels that are counted together: emptying and adding the bins takes as long as counting so many
 WORST = 0.01  # of the images may be unreadable
-NUMBER = re.compile(r"[+-]?[0-9]{1,18}")  # as `loaderd.supply.work_query` has it: fits int64
+NUMBER = re.compile(r"[+-]?[0-9]{1,18}")  # as `loaderd.work.work_query` has it: fits int64
 
 Connection = psycopg.Connection[Any]
 Query = tuple[sql.Composed, dict[str, Any]]

@@ -32,8 +32,8 @@ from catalog.errors import CatalogError, UsageError
 from loaderd import messages
 from loaderd.attach import RUNNING, connect
 from loaderd.loop import Loop
-from loaderd.messages import PROTOCOL, Message, MessageError
-from loaderd.streams import Stream, check_resume
+from loaderd.messages import PROTOCOL, Message, MessageError, check_resume
+from loaderd.streams import Stream
 from loaderd.supply import Client, Supply
 from loaderd.watch import Watch
 from loaderd.workers import Workers

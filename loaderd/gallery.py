@@ -26,7 +26,7 @@ from loaderd import constants, named, orders, ring, selections
 from loaderd.decode import Changed, Decoder
 from loaderd.definitions import Definition
 from loaderd.neighbours import Neighbours, with_neighbours
-from loaderd.supply import work_query
+from loaderd.work import work_query
 
 CELL, NARROW, GAP = 232, 150, 12  # px of an image that has one channel, of each of several channels, between cells
 KEY = 32

@@ -180,3 +180,26 @@ def run_folder() -> Path:
         runtime = default_home() / "run"
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
     return runtime
+
+
+def check_resume(run: object, resume: object) -> tuple[str, Any]:
+    """Return a run's name and how to go on with it, as a trainer said them. Raises MessageError for anything else."""
+    if not (isinstance(run, str) and 0 < len(run) <= 200):
+        raise MessageError("run must be a name of at most 200 characters")
+    if isinstance(resume, dict):
+        if not all(type(resume.get(name)) is int and 0 <= resume[name] < 2**31 for name in ("epoch", "step", "attempt")):
+            raise MessageError("the state must have epoch, step and attempt as whole numbers; load what state_dict() gave")
+    elif resume not in (None, "last"):
+        raise MessageError(f"resume={resume!r}: must be 'last' or what state_dict() gave")
+    return run, resume
+
+
+def check_pairs(message: Message) -> None:
+    """Raise MessageError unless what a trainer said in JSON has whole numbers where they belong."""
+    free, ack = message.get("free", []), message.get("ack")
+    pairs = [*(free if isinstance(free, list) else [free]), *([] if ack is None else [ack])]
+    if message.get("op") == "epoch":
+        pairs.append([message.get("epoch"), message.get("ahead")])
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(type(part) is int and 0 <= part < 2**31 for part in pair):
+            raise MessageError("pairs of whole numbers were expected")

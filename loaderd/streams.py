@@ -19,16 +19,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from catalog.errors import CatalogError
 from loaderd import decode, ring
 from loaderd.definitions import Definition
-from loaderd.messages import Message, MessageError
+from loaderd.epochs import Batch, Chunk, Epoch
+from loaderd.events import Begun, Event, Failed, Fetched, Opened, Planned, Started
+from loaderd.messages import Message, MessageError, check_pairs, check_resume
 from loaderd.orders import Plan
-from loaderd.shares import Share, Span, without
-from loaderd.supply import CHUNK, Begun, Event, Failed, Fetched, Opened, Planned, Started, Supply
+from loaderd.shares import Share
+from loaderd.supply import CHUNK, Supply
 from loaderd.workers import Workers
 
 if TYPE_CHECKING:
@@ -39,70 +41,6 @@ PLANNED_AHEAD = 16  # epochs that a trainer may ask for and leave before they ar
 DEADLY = 2  # workers that a sample may kill until it is left out
 NOT_THE_FILES = ("no-access", "colour", "label", "no-spacing", "too-large")  # what no flag on a file would explain
 UNREADABLE_SHARE = 0.01  # of an epoch; beyond it the storage is at fault, not single files
-
-
-@dataclass(eq=False)
-class Chunk:
-    """Fetched work for some steps; `ledger_id` once it is reserved."""
-
-    steps: Span
-    work: list[tuple[bytes, bytes]]
-    samples: list[int]
-    ledger_id: int | None
-    taken: int = 0  # positions that are in batches
-    holes: list[int] = field(default_factory=list)  # positions of announced batches that have another outcome
-    settled_to: int = 0  # steps of which the ledger knows that they are acknowledged
-
-
-@dataclass(eq=False)
-class Batch:
-    """One batch on its way; `report` is the worker's, once it is decoded. `revoked`: places in it that are left out."""
-
-    epoch: Epoch
-    index: int
-    span: Span
-    chunk: Chunk
-    at: int  # in the chunk's work
-    slot: int
-    generation: int
-    revoked: frozenset[int] = frozenset()
-    killers: frozenset[int] = frozenset()  # places that are left out because they killed workers
-    deaths: dict[int, int] = field(default_factory=dict)  # place → workers that died on it
-    report: Message | None = None
-
-    @property
-    def samples(self) -> list[int]:
-        """Sample ids, revoked or not."""
-        return self.chunk.samples[self.at : self.at + self.span[1] - self.span[0]]
-
-
-@dataclass(eq=False)
-class Epoch:
-    """One pass. Steps before `fetched_to` are here or through, before `announced_to` announced, before `acknowledged_to` used."""
-
-    number: int
-    plan: Plan | None = None
-    share: Share | None = None
-    asked: bool = False  # by the trainer
-    begun: bool = False  # the database was asked to make it final
-    begun_ahead: bool = False  # before the trainer asked for it
-    started: bool = False  # it is final
-    ended: bool = False  # and all of it was announced
-    dropped: bool = False  # the trainer went on, or the catalog moved
-    fetching: bool = False
-    first: int = 0  # the step at which this daemon begins in it
-    fetched_to: int = 0
-    next_batch: int = 0  # to be dispatched
-    announced_to: int = 0
-    acknowledged_to: int = 0
-    chunks: deque[Chunk] = field(default_factory=deque)  # not settled yet
-    waiting: deque[Chunk] = field(default_factory=deque)  # of these, with batches that have no slot yet
-    batches: dict[int, Batch] = field(default_factory=dict)
-    unreadable: int = 0
-
-    def begin_at(self, step: int) -> None:
-        """Leave out the steps before this one: another attempt made them, or another daemon."""
-        self.first = self.fetched_to = self.next_batch = self.announced_to = self.acknowledged_to = step
 
 
 @dataclass
@@ -168,7 +106,10 @@ class Stream:
         """Take what the supply thread posts."""
         if isinstance(event, Failed):
             self._end(event.error)
-        elif not self._closed:
+        elif self._closed:
+            if isinstance(event, Opened) and event.pool is not None:  # the trainer left while it was made
+                os.close(event.pool)
+        else:
             try:
                 self._take(event)
                 self._pump()
@@ -194,7 +135,7 @@ class Stream:
             elif epoch.chunks and event.ledger_id is not None:
                 epoch.chunks[0].ledger_id = event.ledger_id
             epoch.started = True
-            share = self._share(epoch)
+            share = epoch.dealt
             self._tell({"op": "epoch", "epoch": epoch.number, "steps": share.steps, "num_samples": event.plan.num_samples})
         elif isinstance(event, Fetched):
             epoch = self._find(event.plan.epoch)
@@ -224,8 +165,13 @@ class Stream:
             sequences=definition.sequences is not None,
         )
         layout = replace(one, slots=self._slots or ring.default_slots(one))
-        self._room(layout.size)
-        self._ring_fd = ring.create(layout)
+        try:
+            self._room(layout.size)
+            self._ring_fd = ring.create(layout)
+        except CatalogError:
+            if opened.pool is not None:
+                os.close(opened.pool)
+            raise
         self.layout = layout
         self._work_fd = os.memfd_create("loaderd-work", os.MFD_CLOEXEC)
         self._free.extend(range(self.layout.slots))
@@ -309,7 +255,7 @@ class Stream:
         """Take a message of the trainer's. Raises MessageError if it is none."""
         op = message.get("op")
         if op != "next":  # which the protocol's own layer checked
-            _check_pairs(message)
+            check_pairs(message)
         for slot, generation in message.get("free", ()):
             if self._leased.get(slot) == generation:  # anything else was released before
                 del self._leased[slot]
@@ -364,7 +310,7 @@ class Stream:
                 upto = min(epoch.acknowledged_to, chunk.steps[1])
                 if chunk.ledger_id is not None and upto > chunk.settled_to:
                     chunk.settled_to = upto
-                    self.supply.settle(chunk.ledger_id, self._spans(epoch, chunk, chunk.steps[1]), self._spans(epoch, chunk, upto))
+                    self.supply.settle(chunk.ledger_id, epoch.spans(chunk, chunk.steps[1]), epoch.spans(chunk, upto))
 
     # ------------------------------------------------------------------ moving batches
 
@@ -382,7 +328,7 @@ class Stream:
                 self._fetch(epoch)
             if epoch.started and len(self._epochs) == 1:
                 self._prepare(epoch.number + 1)
-            if not self._all_fetched(epoch):
+            if not epoch.all_fetched:
                 break
         self._begin_ahead()
         self._waits_for = self._bottleneck()
@@ -414,11 +360,11 @@ class Stream:
 
     def _fetch(self, epoch: Epoch) -> None:
         """Have the next steps fetched while less waits here than the ring and two chunks hold."""
-        if epoch.fetching or self._all_fetched(epoch) or self.layout is None or epoch.plan is None:
+        if epoch.fetching or epoch.all_fetched or self.layout is None or epoch.plan is None:
             return
         if not epoch.started and (epoch.fetched_to > epoch.first or epoch.asked):
             return  # before it is final one chunk is enough; while it becomes final a new one would miss its reservation
-        share, size = self._share(epoch), self.layout.batch_size
+        share, size = epoch.dealt, self.layout.batch_size
         if (epoch.fetched_to - epoch.next_batch) * size > max(self.layout.slots * size, FETCHED_AHEAD):
             return
         first = epoch.fetched_to
@@ -427,7 +373,7 @@ class Stream:
         self.supply.fetch(epoch.plan, (first, epoch.fetched_to), reserve=epoch.started)
 
     def _dispatch(self, epoch: Epoch) -> None:
-        share = self._share(epoch)
+        share = epoch.dealt
         while self._free and epoch.waiting:
             chunk, index = epoch.waiting[0], epoch.next_batch
             epoch.next_batch += 1
@@ -532,7 +478,7 @@ class Stream:
             if not self._decoding:
                 self._release_memory()
         else:
-            self._submit(batch)
+            self._safely(lambda: self._submit(batch))
         return False
 
     def _could_not_read(self, batch: Batch, unreadable: list[list[Any]]) -> None:
@@ -608,7 +554,7 @@ class Stream:
                     }
                 )
                 continue
-            share = self._share(epoch)
+            share = epoch.dealt
             if epoch.announced_to < share.steps:
                 return
             if not epoch.ended:
@@ -629,7 +575,7 @@ class Stream:
         for chunk in epoch.chunks:
             self._settle(epoch, chunk)
         if epoch.started and not epoch.ended:
-            share = self._share(epoch)
+            share = epoch.dealt
             assert epoch.plan is not None
             if self._closed:
                 self.supply.reserved(share.begins(epoch.announced_to))
@@ -643,14 +589,7 @@ class Stream:
 
     def _settle(self, epoch: Epoch, chunk: Chunk) -> None:
         if chunk.ledger_id is not None:
-            self.supply.settle(
-                chunk.ledger_id, self._spans(epoch, chunk, epoch.announced_to), self._spans(epoch, chunk, epoch.acknowledged_to)
-            )
-
-    def _spans(self, epoch: Epoch, chunk: Chunk, upto: int) -> list[Span]:
-        """Return the positions that a chunk delivers in its steps before `upto`."""
-        first, end = chunk.steps
-        return without(self._share(epoch).spans(first, min(end, upto)), chunk.holes)
+            self.supply.settle(chunk.ledger_id, epoch.spans(chunk, epoch.announced_to), epoch.spans(chunk, epoch.acknowledged_to))
 
     # ------------------------------------------------------------------ who waits for whom
 
@@ -688,6 +627,7 @@ class Stream:
             for fd in self._fds:
                 os.close(fd)
             self._ring_fd = self._work_fd = -1
+            self._pool = None  # its mapping has a descriptor of its own
 
     @property
     def ring_bytes(self) -> int:
@@ -727,38 +667,8 @@ class Stream:
     def _find(self, number: int) -> Epoch | None:
         return next((epoch for epoch in self._epochs if epoch.number == number), None)
 
-    def _share(self, epoch: Epoch) -> Share:
-        assert epoch.share is not None
-        return epoch.share
-
-    def _all_fetched(self, epoch: Epoch) -> bool:
-        return epoch.share is not None and epoch.fetched_to >= epoch.share.steps
-
 
 def _where(event: Opened | Begun) -> Message:
     attempt = event.attempt
     assert attempt is not None
     return {"run": attempt.run, "attempt": attempt.number, "epoch": attempt.epoch, "step": attempt.step}
-
-
-def check_resume(run: object, resume: object) -> tuple[str, Any]:
-    """Return a run's name and how to go on with it, as a trainer said them. Raises MessageError for anything else."""
-    if not (isinstance(run, str) and 0 < len(run) <= 200):
-        raise MessageError("run must be a name of at most 200 characters")
-    if isinstance(resume, dict):
-        if not all(type(resume.get(name)) is int and 0 <= resume[name] < 2**31 for name in ("epoch", "step", "attempt")):
-            raise MessageError("the state must have epoch, step and attempt as whole numbers; load what state_dict() gave")
-    elif resume not in (None, "last"):
-        raise MessageError(f"resume={resume!r}: must be 'last' or what state_dict() gave")
-    return run, resume
-
-
-def _check_pairs(message: Message) -> None:
-    """Raise MessageError unless what a trainer said in JSON has whole numbers where they belong."""
-    free, ack = message.get("free", []), message.get("ack")
-    pairs = [*(free if isinstance(free, list) else [free]), *([] if ack is None else [ack])]
-    if message.get("op") == "epoch":
-        pairs.append([message.get("epoch"), message.get("ahead")])
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(type(part) is int and 0 <= part < 2**31 for part in pair):
-            raise MessageError("pairs of whole numbers were expected")

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -31,10 +31,12 @@ from catalog.terms import REASON, REASONS
 from loaderd import attempts, ledger, named, orders, selections
 from loaderd.attempts import Attempt
 from loaderd.definitions import Definition, settled
+from loaderd.events import Begun, Event, Failed, Fetched, Opened, Planned, Started
 from loaderd.messages import Message
-from loaderd.neighbours import LOCATED, LOCATION, Neighbours, with_neighbours
+from loaderd.neighbours import Neighbours, with_neighbours
 from loaderd.orders import Plan
 from loaderd.shares import Share, Span
+from loaderd.work import work_query
 
 CHUNK = 1_024  # positions a query, rounded down to whole batches
 KEPT = 16_384  # samples: streams of up to so many keep their work (about 1 KB a sample) while the catalog stands still
@@ -48,56 +50,6 @@ UNSURE_S = 2.0  # commits that did not wait for the disk are made again after a 
 WORK_MEMORY = "64MB"  # for the sort of a chunk, which would spill to disk with PostgreSQL's 4 MB (59 ms a chunk, then 43)
 # A host that vanishes without a word gives its locks back after a minute. Unix sockets ignore it.
 KEEPALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
-
-# A text that is no number has one by its place among the classes that the stream began with.
-LABEL = sql.SQL(
-    "CASE WHEN %(classes)s::text[] IS NOT NULL THEN array_position(%(classes)s::text[], la.label) - 1 "
-    "WHEN la.label ~ '^[+-]?[0-9]{1,18}$' THEN la.label::bigint END"
-)
-
-
-def work_query(definition: Definition) -> sql.Composed:
-    """Return the query of the work for positions of an epoch: a row and the masks' bits for each.
-
-    The annotations are those of the order, not those that are current now: an epoch is fed as it was planned. The masks' boxes and bits
-    stand in the order of the stream's structures, null and nothing where there is none. A join a structure: one lateral join for all
-    took twice as long. Of a stream that is fed more than images and masks a row has label, pixel spacing and neighbours, too.
-    """
-    structures = len(definition.structures)
-    numbers = range(1, structures + 1)
-    more, joins = sql.Composed([]), sql.Composed([])
-    if not definition.plain:
-        more = sql.SQL(", {}, json_build_array(i.row_spacing, i.column_spacing)").format(LABEL if definition.labels else sql.SQL("NULL"))
-    if definition.labels is not None:
-        joins = sql.SQL("LEFT JOIN annotation la ON la.id = s.a{} ").format(sql.SQL(str(structures + 1)))
-
-    def each(text: LiteralString, between: LiteralString) -> sql.Composed:
-        return sql.SQL(between).join(sql.SQL(text).format(k=sql.SQL(str(number))) for number in numbers)
-
-    boxes = each(
-        "CASE WHEN m{k}.bits IS NOT NULL THEN json_build_array(m{k}.box_row, m{k}.box_column, m{k}.box_rows, m{k}.box_columns) END", ", "
-    )
-    bits = each("coalesce(m{k}.bits, '')", " || ") if structures else sql.SQL("''::bytea")
-    drawn_numbers = [sql.SQL(str(number)) for number in range(1, definition.annotations + 1)]
-    slices = sql.SQL("").join(
-        sql.SQL(", e.annotation_ids[cardinality(e.sample_ids) * ({k} - 1) + 1 : cardinality(e.sample_ids) * {k}]").format(k=number)
-        for number in drawn_numbers
-    )
-    drawn = sql.SQL("").join(sql.SQL(", a{}").format(number) for number in drawn_numbers)
-    masks = each(
-        "LEFT JOIN pairing p{k} ON p{k}.annotation_id = s.a{k} AND p{k}.image_id = i.id LEFT JOIN mask m{k} ON m{k}.pairing_id = p{k}.id ",
-        "",
-    )
-    return sql.SQL(
-        "SELECT convert_to(json_build_array({location}, json_build_array({boxes}){more})::text, 'UTF8'), {bits} "
-        "FROM epoch_order e CROSS JOIN LATERAL unnest(e.sample_ids{slices}) WITH ORDINALITY AS s (id{drawn}, n) "
-        "JOIN image i ON i.id = s.id {located}{masks}{joins}"
-        "WHERE e.epoch_id = %(epoch)s AND e.part BETWEEN %(first)s / %(part)s AND (%(end)s - 1) / %(part)s "
-        "AND e.part * %(part)s + s.n - 1 <@ %(positions)s::int8multirange ORDER BY e.part, s.n"
-    ).format(
-        location=sql.SQL(LOCATION), located=sql.SQL(LOCATED), boxes=boxes, bits=bits, slices=slices, drawn=drawn, masks=masks, more=more,
-        joins=joins,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,71 +68,7 @@ class Client:
         return f"{socket.gethostname()}:{self.pid}"
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The stream is open: the shape of its images and how many samples it has now. No attempt: the run was fed before.
-
-    `labels`: numbers a sample. `pool`: a memfd with the digits of a stream of sequences, which is the stream's to close.
-    """
-
-    definition: Definition
-    stream_id: int
-    name: str | None
-    run: str
-    rows: int
-    columns: int
-    num_samples: int
-    attempt: Attempt | None
-    labels: int
-    constants: dict[str, Any]
-    pool: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """The attempt in which the trainer is fed."""
-
-    attempt: Attempt
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """An epoch's order is stored (of a large one, its beginning)."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The epoch that was prepared is final, and this reservation is durable (None: it had fetched nothing)."""
-
-    plan: Plan
-    ledger_id: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Work for this rank's steps first … end: a row, the masks' bits and the sample id for each position.
-
-    `ledger_id`: reserved already.
-    """
-
-    plan: Plan
-    steps: Span
-    work: list[tuple[bytes, bytes]]
-    samples: list[int]
-    ledger_id: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A command failed; the stream ends with this."""
-
-    error: CatalogError
-
-
-Command = Callable[[], "Event | None"]
-Event = Opened | Begun | Planned | Started | Fetched | Failed
+Command = Callable[[], Event | None]
 
 
 class Supply:
@@ -490,13 +378,18 @@ class Supply:
             from loaderd import pools
 
             pool, fed_as, labels = pools.make(self.database, self.definition)
-        self._consumer_id = attempts.attach(
-            self._conn, stream_id, rank=client.rank, num_ranks=client.num_ranks, pid=client.pid, uid=client.uid,
-            daemon_pid=os.getpid(), versions=client.versions,
-        )  # fmt: skip
-        self._conn.commit()
-        run = asked.get("run") or attempts.unused_name(self._conn)
-        attempt = self._first_attempt(stream_id, run)
+        try:
+            self._consumer_id = attempts.attach(
+                self._conn, stream_id, rank=client.rank, num_ranks=client.num_ranks, pid=client.pid, uid=client.uid,
+                daemon_pid=os.getpid(), versions=client.versions,
+            )  # fmt: skip
+            self._conn.commit()
+            run = asked.get("run") or attempts.unused_name(self._conn)
+            attempt = self._first_attempt(stream_id, run)
+        except BaseException:
+            if pool is not None:
+                os.close(pool)
+            raise
         return Opened(
             self.definition, stream_id, name, run, *fed_as, num_samples=self._num_samples, attempt=attempt, labels=labels,
             constants=self._constants, pool=pool,

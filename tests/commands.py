@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ def run(
     *,
     input: str = "",
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m module arguments` in /, forked; started anew with another PYTHONPATH, as that may change what is imported."""
     command, environment = [sys.executable, "-m", module, *map(str, arguments)], dict(os.environ if env is None else env)
@@ -77,7 +78,53 @@ def run(
         return subprocess.CompletedProcess(command, code, heard[0].result(), heard[1].result())
 
 
-def _command(door: socket.socket) -> tuple[str, list[str], Mapping[str, str]]:
+# What stands for `python -m module` in a folder of programs: hands its streams over, and ends as the command does. Python alone, less what
+# it need not load, as it is to start fast.
+_PROGRAM = """#!{python} -IS
+import os, socket, sys
+
+with socket.socket(socket.AF_UNIX) as asker:
+    asker.connect({address!r})
+    socket.send_fds(asker, [b"."], [0, 1, 2])
+    import json
+
+    asker.sendall(json.dumps([{module!r}, sys.argv[1:], dict(os.environ), os.getcwd()]).encode())
+    asker.shutdown(socket.SHUT_WR)
+    sys.exit([int(line) for line in asker.makefile()][1])
+"""
+
+
+@contextmanager
+def programs(door: socket.socket, folder: Path, modules: Mapping[str, str]) -> Iterator[None]:
+    """Programs that run modules, name → module, as `run` does, but in the folder where they are called; for a shell that is tested."""
+    folder.mkdir()
+    address = f"\0scanfeed-{uuid.uuid4().hex}"  # no file: paths of sockets may not be long
+    for name, module in modules.items():
+        path = folder / name
+        path.write_text(_PROGRAM.format(python=sys.executable, address=address, module=module))
+        path.chmod(0o755)
+
+    def let_in(listening: socket.socket) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                asker, _ = listening.accept()
+                with asker:
+                    _, fds, _, _ = socket.recv_fds(asker, 1, 3)
+                    socket.send_fds(door, [b"."], [asker.fileno(), *fds])
+                for fd in fds:
+                    os.close(fd)
+
+    with ThreadPoolExecutor(1) as porter, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen()
+        porter.submit(let_in, listening)
+        try:
+            yield
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+
+
+def _command(door: socket.socket) -> tuple[str, list[str], Mapping[str, str], str]:
     """Fork whenever somebody asks at the door; returns in the command's process."""
     while True:
         asked, fds, _, _ = socket.recv_fds(door, 1, 4)
@@ -90,7 +137,7 @@ def _command(door: socket.socket) -> tuple[str, list[str], Mapping[str, str]]:
     door.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(fileno=fds[0]) as asker:
-        module, arguments, environment = json.load(asker.makefile())
+        module, arguments, environment, *folder = json.load(asker.makefile())
         if pid := os.fork():  # one that waits, as only a parent may
             for fd in fds[1:]:
                 os.close(fd)
@@ -100,7 +147,7 @@ def _command(door: socket.socket) -> tuple[str, list[str], Mapping[str, str]]:
     for number, fd in enumerate(fds[1:]):
         os.dup2(fd, number)
         os.close(fd)
-    return module, arguments, environment
+    return module, arguments, environment, folder[0] if folder else "/"
 
 
 if __name__ == "__main__":
@@ -109,9 +156,9 @@ if __name__ == "__main__":
     del sys.modules["catalog.cli"]  # which is to be __main__
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
-    name, sys.argv[1:], environ = _command(socket.socket(fileno=int(sys.argv[1])))
+    name, sys.argv[1:], environ, place = _command(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
     os.environ.update(environ)
-    os.chdir("/")
+    os.chdir(place)
     sys.path[0] = "/"
     runpy.run_module(name, run_name="__main__", alter_sys=True)

@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import LiteralString
 
 import hypothesis
 import psycopg
@@ -23,7 +24,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from catalog import database, embedded, ingest, synthetic
 from tests import commands
-from tests.processes import server_ended
+from tests.processes import server_ended, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SCANFEED_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -99,8 +100,8 @@ def template(server_url: str) -> Iterator[str]:
     with database.open_database(_named(server_url, name)) as made, made.connect() as conn:
         login = conn.execute("SELECT role FROM sql_login").fetchone()
     yield name
+    _drop(server_url, name)
     with psycopg.connect(server_url, autocommit=True) as conn:
-        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
         assert login is not None
         conn.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(login[0])))
 
@@ -113,8 +114,7 @@ def full_template(server_url: str, template: str, studies: Path) -> Iterator[str
     with database.open_database(_named(server_url, name)) as made:
         ingest.ingest(made, studies, jobs=1)
     yield name
-    with psycopg.connect(server_url, autocommit=True) as conn:
-        conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+    _drop(server_url, name)
 
 
 @pytest.fixture
@@ -128,9 +128,7 @@ def new_database(server_url: str, template: str) -> Iterator[Callable[..., str]]
         return _named(server_url, made[-1])
 
     yield make
-    with psycopg.connect(server_url, autocommit=True) as conn:
-        for name in made:
-            conn.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+    _drop(server_url, *made)
 
 
 @pytest.fixture
@@ -197,9 +195,27 @@ def _hurry(server_url: str) -> None:
 
 
 def _create(server_url: str, name: str, template: str) -> None:
+    # By copying files: through the log, which is the default, dropping it again takes five times as long.
+    _patiently(server_url, "CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy", name, template)
+
+
+def _drop(server_url: str, *names: str) -> None:
+    for name in names:
+        _patiently(server_url, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+
+def _patiently(server_url: str, statement: LiteralString, *names: str) -> None:
+    """Make or drop a database: PostgreSQL gives who is connected to it five seconds to end, which a busy machine may not keep."""
+
+    def done() -> bool:
+        try:
+            conn.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+        except psycopg.errors.ObjectInUse:
+            return False
+        return True
+
     with psycopg.connect(server_url, autocommit=True) as conn:
-        # By copying files: through the log, which is the default, dropping it again takes five times as long.
-        conn.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(sql.Identifier(name), sql.Identifier(template)))
+        assert wait_until(done), f"{names[-1]} is still in use"
 
 
 def _named(server_url: str, name: str) -> str:

@@ -76,6 +76,7 @@ class Planted:
     def __init__(self) -> None:
         self._words: dict[bytes, tuple[str, str]] = {}
         self._numbers: dict[tuple[str, str], dict[bytes, frozenset[bytes]]] = {}  # each form with the numbers in it
+        self._parts: set[bytes] = set()  # all of these numbers
 
     def __call__(self, kind: str, place: str, shape: Callable[[str], str] = str) -> str:
         """Return a value, as `shape` writes it, to be put at a place."""
@@ -91,6 +92,7 @@ class Planted:
                 forms |= {f"{year}-{month}-{day}", f"{day}.{month}.{year}", f"{month}/{day}/{year}", f"{day}/{month}/{year}"}
             # Within a longer number, or within hexadecimal digits, it is another one.
             self._numbers[kind, place] = {form.encode(): frozenset(re.findall(b"[0-9]+", form.encode())) for form in forms}
+            self._parts.update(*self._numbers[kind, place].values())
         return text
 
     def word(self, place: str) -> str:
@@ -110,8 +112,8 @@ class Planted:
             for match in re.finditer(MARK.encode() + b"[a-z]{10}", small):
                 if match[0] in self._words:
                     hits.add(self._words[match[0]])
-            there = set(re.findall(b"[0-9]+", small))
-            for at, forms in self._numbers.items():
+            there = self._parts.intersection(re.findall(b"[0-9]+", small))
+            for at, forms in self._numbers.items() if there else ():
                 if at not in hits and any(numbers <= there and _alone(form, small) for form, numbers in forms.items()):
                     hits.add(at)
         return hits

@@ -132,15 +132,22 @@ def centroid_jump(at: Ground) -> None:
     for bad, k, study, place, structure in of_hearts(at):
         points, way = getattr(place, structure).points, compass(k)
 
-        def away(step: float, points: Points = points, way: Points = way, study: Study = study, place: Place = place,
-                 structure: str = structure, all_of_them: bool = bad) -> float:  # fmt: skip
-            ratios = []
-            for other, mm, ms in neighbours(study, place, structure):
-                allowed = max(
+        own = radius_mm(points)
+        around = [
+            (
+                centre(other),
+                max(
                     at.limit("furthest_mm") + at.limit("per_mm") * mm + at.limit("per_ms") * ms,
-                    at.limit("radii") * max(radius_mm(other), radius_mm(points)),
-                )
-                ratios.append(float(np.hypot(*(centre(points + step * way) - centre(other)))) * SPACING / allowed)
+                    at.limit("radii") * max(radius_mm(other), own),
+                ),
+            )
+            for other, mm, ms in neighbours(study, place, structure)
+        ]
+
+        def away(step: float, points: Points = points, way: Points = way, around: list[tuple[Points, float]] = around,
+                 all_of_them: bool = bad) -> float:  # fmt: skip
+            here = centre(points + step * way)
+            ratios = [float(np.hypot(*(here - there))) * SPACING / allowed for there, allowed in around]
             return min(ratios) if all_of_them else max(ratios)
 
         change(at, bad, place, structure, points + way * (most(away, 1.03 + k % 5 / 10, 60) if bad else most(away, 0.98, 60)))

@@ -227,7 +227,8 @@ def copy_rows(conn: psycopg.Connection[Any], table: str, rows: Iterable[Sequence
     """COPY rows into a table, in the order of COLUMNS."""
     with conn.cursor().copy(f"COPY {table} ({COLUMNS[table]}) FROM STDIN") as copy:
         for row in rows:
-            copy.write_row(row)
+            # psycopg looks at each number of a list, for what would need quotes.
+            copy.write_row(["{" + ",".join(map(str, one)) + "}" if type(one) is list else one for one in row])
 
 
 def outline(centre: Points, radius: float, waves: Sequence[tuple[float, float]]) -> Points:
@@ -375,5 +376,6 @@ class Ground:
             for (table, names), rows in self.updates.items():
                 assigned = ", ".join(f'"{name}" = %s' for name in names[:-1])
                 cursor.executemany(f"UPDATE {table} SET {assigned} WHERE {names[-1]} = %s", rows)
-            for statement, values in self.statements:
-                cursor.execute(statement, values)
+            with conn.pipeline():  # else each of twenty thousand waits for its answer
+                for statement, values in self.statements:
+                    cursor.execute(statement, values)

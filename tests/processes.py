@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
-def daemons() -> list[int]:
-    """Return the pids of the loaderd and worker processes of this test's catalog."""
+def commands() -> dict[int, list[bytes]]:
+    """Return pid → command of the loaderd and worker processes of this test's catalog."""
     home = f"CATALOG_HOME={os.environ['CATALOG_HOME']}".encode()
-    found = []
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -20,13 +23,43 @@ def daemons() -> list[int]:
             except OSError:
                 continue
             if home in environment and b"-m" in command and any(part.startswith(b"loaderd") for part in command):
-                found.append(int(entry.name))
+                found[int(entry.name)] = command
     return found
+
+
+@contextlib.contextmanager
+def serving(workers: int = 1) -> Iterator[int]:
+    """One daemon for all feeds of a test: each would start its own, which takes longer than to be fed. Yields the supervisor's pid."""
+    from loaderd.workers import python  # the processes of `odd` need none of it
+
+    command, environment = python("-m", "loaderd", "serve", "--workers", str(workers))
+    log = Path(os.environ["CATALOG_HOME"]).with_name("serve.log")
+    with log.open("ab") as said:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd="/")
+    try:
+        assert wait_until(lambda: process.poll() is not None or b"event=serving" in log.read_bytes(), 120), log.read_text()
+        assert process.poll() is None, log.read_text()
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def daemons() -> list[int]:
+    """Return the pids of the loaderd and worker processes of this test's catalog."""
+    return list(commands())
 
 
 def workers() -> list[int]:
     """Return the pids of this test's decode workers."""
-    return [pid for pid in daemons() if b"loaderd.decode" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid, command in commands().items() if b"loaderd.decode" in command]
+
+
+def kill(pids: Iterable[int], number: int = signal.SIGKILL) -> None:
+    """Send a signal to each of these processes; the end of one may be the end of another, which is then gone already."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
@@ -39,7 +72,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     return True
 
 
-def server_ended(home: Path, timeout_s: float = 30) -> bool:
+def server_ended(home: Path, timeout_s: float = 120) -> bool:
     """Wait until no process of a home's embedded PostgreSQL is left: all of them hold its server.lock. False if one is."""
 
     def free() -> bool:

@@ -28,7 +28,7 @@ from loaderd import Feed, FeedError, decode
 from loaderd.decode import Decoder, Sample
 from loaderd.definitions import Definition
 from loaderd.ring import Layout, create
-from loaderd.supply import work_query
+from loaderd.work import work_query
 from tests.conftest import DATA, _create, _named
 
 pytest.importorskip("nibabel", reason="needs the extra `nifti`")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ with database.open_database(home=home, migrate=False) as db, ThreadPoolExecutor(
 """
 
 
-def wait_until(condition: Callable[[], object], *, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], *, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -108,7 +109,7 @@ def start_user(home: Path, *prefix: str, script: str = USER) -> "subprocess.Pope
 def run_user(home: Path, *prefix: str) -> tuple[int, str]:
     """Use the server in another process and leave at once; return its exit code and what it said."""
     with start_user(home, *prefix) as process:
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=300)
     return process.returncode, said
 
 
@@ -133,6 +134,23 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.fixture(scope="module")
+def pattern() -> Iterator[Path]:
+    """A home whose server was made and has ended, to copy: to make one takes longer than most of these tests."""
+    with tempfile.TemporaryDirectory(prefix="scanfeed-") as name:
+        Path(name).chmod(0o755)
+        database.open_database(home=Path(name, "home"), migrate=False).close()
+        wait_until(lambda: not processes(Path(name, "home")))
+        yield Path(name, "home")
+
+
+@pytest.fixture
+def used(home: Path, pattern: Path) -> Path:
+    """A home that was used before."""
+    subprocess.run(["cp", "-a", pattern, home], check=True)  # with the owners of its files
+    return home
+
+
 @pytest.fixture
 def home(folder: Path) -> Iterator[Path]:
     """A home that does not exist yet; afterwards no process, no socket, and nothing beside it may be left."""
@@ -145,7 +163,8 @@ def home(folder: Path) -> Iterator[Path]:
         assert not list(home.glob("postgresql/.s.PGSQL*"))
         assert [path.name for path in folder.iterdir()] in ([], ["home"])
         assert folder.stat().st_mode & 0o777 == 0o755
-        assert {path for path in set(Path("/dev/shm").iterdir()) - shared if path.name.startswith("PostgreSQL")} == set()
+        # Any initdb on this machine has something there for a moment.
+        wait_until(lambda: not [path for path in set(Path("/dev/shm").iterdir()) - shared if path.name.startswith("PostgreSQL")])
         assert set(Path(tempfile.gettempdir()).glob(".s.PGSQL*")) == beside
     finally:
         for pid in processes(home):
@@ -168,10 +187,10 @@ def test_first_and_later_starts(home):
         server.close()
 
 
-def test_use_right_after_the_last_user_left(home):
+def test_use_right_after_the_last_user_left(used):
     """A user who comes while the server is being stopped waits and gets a new one."""
     for _ in range(5):
-        with embedded.use(home) as server:
+        with embedded.use(used) as server:
             assert ask(server, "select 1") == [(1,)]
 
 
@@ -184,73 +203,75 @@ def test_racing_processes_share_one_server(home):
         assert len([command for command in processes(home).values() if "catalog.embedded" in command]) == 1
     finally:
         for user in users:
-            user.communicate(timeout=20)
+            user.communicate(timeout=120)
     assert [user.returncode for user in users] == [0] * 6
 
 
-def test_killed_user(home):
+def test_killed_user(used):
     """A user killed with SIGKILL counts no more: the server goes on for the others and ends after the last."""
-    with start_user(home) as first, start_user(home) as second:
+    with start_user(used) as first, start_user(used) as second:
         assert first.stdout.readline() == second.stdout.readline()
         first.kill()
         first.wait()
         time.sleep(0.3)
-        assert postmaster(home) in processes(home)
+        assert postmaster(used) in processes(used)
         second.kill()
-    wait_until(lambda: not processes(home))
+    wait_until(lambda: not processes(used))
 
 
-def test_killed_keeper(home):
+def test_killed_keeper(used):
     """A keeper killed with SIGKILL takes the server down cleanly, though there are users; the next use starts another."""
-    with embedded.use(home) as server:
+    with embedded.use(used) as server:
         ask(server, "create table kept as select 7 as number")
         for _ in range(3):
-            killed = keeper(home)
+            killed = keeper(used)
             os.kill(killed, signal.SIGKILL)
-            wait_until(lambda killed=killed: killed not in processes(home))  # a signal takes a moment to be delivered
-            with embedded.use(home) as again:
+            wait_until(lambda killed=killed: killed not in processes(used))  # a signal takes a moment to be delivered
+            with embedded.use(used) as again:
                 assert ask(again, "select number from kept") == [(7,)]
-        os.kill(keeper(home), signal.SIGKILL)
-        wait_until(lambda: not processes(home))
-    assert "was not properly shut down" not in (home / "postgresql.log").read_text()
+        os.kill(keeper(used), signal.SIGKILL)
+        wait_until(lambda: not processes(used))
+    assert "was not properly shut down" not in (used / "postgresql.log").read_text()
 
 
-def test_slow_end_after_a_killed_keeper(home):
+def test_slow_end_after_a_killed_keeper(used):
     """While the old server is still writing its last checkpoint no second one is started on its data: the next use waits."""
-    with embedded.use(home):
-        old = postmaster(home)
-        [checkpointer] = [pid for pid, command in processes(home).items() if "checkpointer" in command]
+    with embedded.use(used):
+        old = postmaster(used)
+        [checkpointer] = [pid for pid, command in processes(used).items() if "checkpointer" in command]
         os.kill(checkpointer, signal.SIGSTOP)
-        os.kill(keeper(home), signal.SIGKILL)
-        with start_user(home) as user:
+        killed = keeper(used)
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: killed not in processes(used))
+        with start_user(used) as user:
             time.sleep(1)
             assert user.poll() is None
-            assert (postmaster(home), "catalog.embedded" in str(processes(home))) == (old, False)
+            assert (postmaster(used), "catalog.embedded" in str(processes(used))) == (old, False)
             os.kill(checkpointer, signal.SIGCONT)
             assert user.stdout.readline().strip() not in ("", str(old))
-            user.communicate(timeout=20)
+            user.communicate(timeout=120)
 
 
-def test_killed_server(home):
+def test_killed_server(used):
     """After a SIGKILL of PostgreSQL the keeper ends, and the next use recovers what was committed, at once or later."""
-    with embedded.use(home) as server:
+    with embedded.use(used) as server:
         ask(server, "create table kept as select 7 as number")
-        os.kill(postmaster(home), signal.SIGKILL)
-        with embedded.use(home) as again:
+        os.kill(postmaster(used), signal.SIGKILL)
+        with embedded.use(used) as again:
             assert ask(again, "select number from kept") == [(7,)]
-            os.kill(postmaster(home), signal.SIGKILL)
-            wait_until(lambda: not processes(home))
-    with embedded.use(home) as server:
+            os.kill(postmaster(used), signal.SIGKILL)
+            wait_until(lambda: not processes(used))
+    with embedded.use(used) as server:
         assert ask(server, "select number from kept") == [(7,)]
 
 
-def test_connecting_starts_a_killed_server_again(home):
+def test_connecting_starts_a_killed_server_again(used):
     """After a SIGKILL of PostgreSQL or the keeper, two threads of each of two processes at once all get connections, to one server that
     was started again; no handle is added, and that server ends with the last one.
     """
     with (
-        database.open_database(home=home, migrate=False) as db,
-        start_user(home, script=HOLDER) as other,
+        database.open_database(home=used, migrate=False) as db,
+        start_user(used, script=HOLDER) as other,
         ThreadPoolExecutor(2) as pool,
     ):
         assert other.stdout.readline() == "ready\n"
@@ -263,50 +284,51 @@ def test_connecting_starts_a_killed_server_again(home):
 
         open_files = len(list(Path("/proc/self/fd").iterdir()))
         for victim in (postmaster, keeper, postmaster):
-            old = postmaster(home)
-            os.kill(victim(home), signal.SIGKILL)
-            wait_until(lambda old=old: old not in processes(home))  # until then it may still let somebody in, for a moment
+            old = postmaster(used)
+            os.kill(victim(used), signal.SIGKILL)
+            wait_until(lambda old=old: old not in processes(used))  # until then it may still let somebody in, for a moment
             other.stdin.write("\n")
             other.stdin.flush()
             assert list(pool.map(number, range(2))) == [7, 7]
-            assert other.stdout.readline().split() == ["7", "7", str(postmaster(home))]
-            assert postmaster(home) != old
-            assert len([command for command in processes(home).values() if "catalog.embedded" in command]) == 1
+            assert other.stdout.readline().split() == ["7", "7", str(postmaster(used))]
+            assert postmaster(used) != old
+            assert len([command for command in processes(used).values() if "catalog.embedded" in command]) == 1
         assert len(list(Path("/proc/self/fd").iterdir())) == open_files
-        other.communicate(timeout=20)
+        other.communicate(timeout=120)
     assert other.returncode == 0
 
 
-def test_connecting_waits_for_recovery(home):
+def test_connecting_waits_for_recovery(used):
     """While PostgreSQL restarts itself because one of its sessions was killed, a connect waits for it, and nobody else is started."""
-    with database.open_database(home=home, migrate=False) as db:
-        pid = postmaster(home)
+    with database.open_database(home=used, migrate=False) as db:
+        pid = postmaster(used)
         with db.connect() as connection:
             os.kill(connection.info.backend_pid, signal.SIGKILL)
-            wait_until(lambda: "reinitializing" in (home / "postgresql.log").read_text())
+            wait_until(lambda: "reinitializing" in (used / "postgresql.log").read_text())
             db.connect().close()
             connection.close()
-        assert postmaster(home) == pid
+        assert postmaster(used) == pid
 
 
-def test_connecting_while_the_server_is_killed_again_and_again(home):
+def test_connecting_while_the_server_is_killed_again_and_again(used):
     """Every connect gets through though the server is killed seven times meanwhile, at whatever moment of its start."""
-    with database.open_database(home=home, migrate=False) as db, ThreadPoolExecutor(1) as pool:
+    with database.open_database(home=used, migrate=False) as db, ThreadPoolExecutor(1) as pool:
+        through = threading.Event()
 
-        def connect_often() -> int:
-            deadline = time.monotonic() + 3
-            count = 0
-            while time.monotonic() < deadline:
+        def connect_often() -> None:
+            while not through.is_set():
                 db.connect().close()
-                count += 1
-            return count
 
-        counted = pool.submit(connect_often)
-        for round_ in range(7):
-            time.sleep(0.03 * round_)
-            with contextlib.suppress(OSError, ValueError, IndexError):  # it is dead already
-                os.kill(postmaster(home) if round_ % 2 else keeper(home), signal.SIGKILL)
-        assert counted.result() > 10
+        connecting = pool.submit(connect_often)
+        try:
+            for round_ in range(7):
+                time.sleep(0.03 * round_)
+                with contextlib.suppress(OSError, ValueError, IndexError):  # it is dead already
+                    os.kill(postmaster(used) if round_ % 2 else keeper(used), signal.SIGKILL)
+        finally:
+            through.set()
+        connecting.result()
+        db.connect().close()
 
 
 def test_connecting_at_an_odd_path(home):
@@ -318,56 +340,58 @@ def test_connecting_at_an_odd_path(home):
             db.connect().close()
 
 
-def test_a_server_that_refuses_is_not_started_again(home):
+def test_a_server_that_refuses_is_not_started_again(used):
     """A refusal of a living server is an error at once; its other connections go on."""
-    with database.open_database(home=home, migrate=False) as db, db.connect() as before:
-        pid = postmaster(home)
+    with database.open_database(home=used, migrate=False) as db, db.connect() as before:
+        pid = postmaster(used)
         started = time.monotonic()
         with pytest.raises(DatabaseError, match="nowhere"):
             database.Database(psycopg.conninfo.make_conninfo(db.conninfo, dbname="nowhere"), db.server).connect()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < embedded.START_SECONDS / 2  # for which it would be waited otherwise
         assert before.execute("SELECT 1").fetchone() == (1,)
-        assert postmaster(home) == pid
+        assert postmaster(used) == pid
 
 
-def test_a_server_that_cannot_start_again_is_one_line(home):
+def test_a_server_that_cannot_start_again_is_one_line(used):
     """The reason that PostgreSQL gave comes at once, not that its socket is missing; the cause removed, the next connect starts it."""
-    with database.open_database(home=home, migrate=False) as db:
-        os.kill(postmaster(home), signal.SIGKILL)
-        configuration = home / "postgresql/postgresql.auto.conf"
+    with database.open_database(home=used, migrate=False) as db:
+        old = postmaster(used)
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: old not in processes(used))
+        configuration = used / "postgresql/postgresql.auto.conf"
         before = configuration.read_text()
         configuration.write_text("shared_buffers = lots\n")
         started = time.monotonic()
         with pytest.raises(DatabaseError, match=r"PostgreSQL cannot start: .*(shared_buffers|configuration file)") as caught:
             db.connect()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < embedded.START_SECONDS / 2
         assert "\n" not in str(caught.value)
         configuration.write_text(before)
         db.connect().close()
 
 
-def test_a_closed_database_starts_nothing(home):
+def test_a_closed_database_starts_nothing(used):
     """After `close` a connect is an error and the server stays ended."""
-    with database.open_database(home=home, migrate=False) as db:
+    with database.open_database(home=used, migrate=False) as db:
         pass
-    wait_until(lambda: not processes(home))
+    wait_until(lambda: not processes(used))
     with pytest.raises(DatabaseError, match="out of reach"):
         db.connect()
-    assert not processes(home)
+    assert not processes(used)
 
 
-def test_reused_pid(home):
+def test_reused_pid(used):
     """A postmaster.pid left by a kill, whose pid is now another process of the same account, does not stop the next start."""
-    with embedded.use(home):
-        os.kill(postmaster(home), signal.SIGKILL)
-        wait_until(lambda: not processes(home))
-    owner = (home / "postgresql").stat().st_uid
+    with embedded.use(used):
+        os.kill(postmaster(used), signal.SIGKILL)
+        wait_until(lambda: not processes(used))
+    owner = (used / "postgresql").stat().st_uid
     account = {"user": owner} if ROOT else {}
-    with subprocess.Popen(["sleep", "60"], **account) as other, subprocess.Popen(["sleep", "60"], **account) as another:
+    with subprocess.Popen(["sleep", "600"], **account) as other, subprocess.Popen(["sleep", "60"], **account) as another:
         # Two, as after a start that was killed when it had written the first of these.
-        for left, holder in ((home / "postgresql/postmaster.pid", other), (home / "postgresql/.s.PGSQL.5432.lock", another)):
+        for left, holder in ((used / "postgresql/postmaster.pid", other), (used / "postgresql/.s.PGSQL.5432.lock", another)):
             left.write_text("\n".join([str(holder.pid), *left.read_text().split("\n")[1:]]))
-        with embedded.use(home) as server:
+        with embedded.use(used) as server:
             assert ask(server, "select 1") == [(1,)]
         other.kill()
         another.kill()
@@ -381,8 +405,10 @@ def test_kill_in_the_middle_of_initdb(home, victim):
         if victim == "user":
             user.kill()
         else:
-            [initdb] = [pid for pid, command in processes(home).items() if "bin/initdb" in command.split()[0]]
-            os.kill(initdb, signal.SIGKILL)
+            # Its child, not one that initdb has just forked, which is called the same until it is another program.
+            [initdb] = Path(f"/proc/{user.pid}/task/{user.pid}/children").read_text().split()
+            assert "bin/initdb" in processes(home)[int(initdb)]
+            os.kill(int(initdb), signal.SIGKILL)
             assert "PostgreSQL cannot start" in user.stdout.readline()
     assert not (home / "postgresql").exists()
     with embedded.use(home) as server:
@@ -390,16 +416,16 @@ def test_kill_in_the_middle_of_initdb(home, victim):
     assert not (home / "postgresql.new").exists()
 
 
-def test_program_started_by_a_user_does_not_hold_the_server(home):
+def test_program_started_by_a_user_does_not_hold_the_server(used):
     """The handle is not inherited by a program that the user starts."""
-    with embedded.use(home), subprocess.Popen(["sleep", "60"], close_fds=False) as other:
+    with embedded.use(used), subprocess.Popen(["sleep", "600"], close_fds=False) as other:
         pass_on = other
-        embedded.use(home).close()
+        embedded.use(used).close()
         other.kill()
-    with embedded.use(home):
-        pass_on = subprocess.Popen(["sleep", "60"], close_fds=False)
+    with embedded.use(used):
+        pass_on = subprocess.Popen(["sleep", "600"], close_fds=False)
     try:
-        wait_until(lambda: not processes(home))
+        wait_until(lambda: not processes(used))
     finally:
         pass_on.kill()
         pass_on.wait()
@@ -426,25 +452,25 @@ def test_postgres_does_not_run_as_root(home):
 
 
 @only_root
-def test_second_os_user(home, folder):
+def test_second_os_user(used):
     """Another OS user cannot get into our server, neither by `use` nor by its socket, and has a server of its own."""
-    with embedded.use(home) as server:
-        code, said = run_user(home, *as_user("nobody"))
+    with embedded.use(used) as server:
+        code, said = run_user(used, *as_user("nobody"))
         assert (code, "belongs to uid 0" in said) == (5, True), said
         # It may pass the closed folder here (the capability is what lets it run our interpreter), so PostgreSQL must refuse it too.
         script = "import psycopg, sys; psycopg.connect(host=sys.argv[1], user='scanfeed', dbname='postgres')"
         tried = subprocess.run([*as_user("nobody"), sys.executable, "-c", script, server.host], capture_output=True, text=True)
         assert "Permission denied" in tried.stderr
-        (home / "postgresql/.s.PGSQL.5432").chmod(0o777)
+        (used / "postgresql/.s.PGSQL.5432").chmod(0o777)
         tried = subprocess.run([*as_user("nobody"), sys.executable, "-c", script, server.host], capture_output=True, text=True)
         assert "authentication failed" in tried.stderr
-        own = home / "of-nobody"
+        own = used / "of-nobody"
         own.mkdir()
         os.chown(own, 65534, 65534)
         with start_user(own, *as_user("nobody")) as user:
-            assert int(user.stdout.readline()) != postmaster(home)
+            assert int(user.stdout.readline()) != postmaster(used)
             assert (own / "postgresql").stat().st_uid == 65534
-            user.communicate(timeout=20)
+            user.communicate(timeout=120)
         assert user.returncode == 0
 
 
@@ -460,8 +486,8 @@ def test_uid_without_a_name(home):
 @only_root
 def test_tiny_shared_memory(home):
     """A /dev/shm of 1 MiB, as some containers have, is enough, and nothing is left in it."""
-    script = 'mount -t tmpfs -o size=1m none /dev/shm && "$@" && sleep 0.5 && ls -A /dev/shm'
-    code, said = run_user(home, "unshare", "-m", "sh", "-c", script, "sh")
+    script = 'mount -t tmpfs -o size=1m none /dev/shm && "$@" && flock "$home/server.lock" ls -A /dev/shm'  # once the server has ended
+    code, said = run_user(home, "env", f"home={home}", "unshare", "-m", "sh", "-c", script, "sh")
     assert code == 0
     assert said.strip().isdigit(), said  # the postmaster's pid, and no file
 
@@ -470,7 +496,8 @@ def test_tiny_shared_memory(home):
 def test_full_disk(home):
     """A full disk is named in one line, at the first start and at a later one; with space again, the server starts."""
     home.mkdir()
-    script = 'mount -t tmpfs -o size=$size,mode=755 none "$home" && { "$@"; first=$?; sleep 1; '
+    script = 'mount -t tmpfs -o size=$size,mode=755 none "$home" && { "$@"; first=$?; '
+    script += 'test ! -e "$home/server.lock" || flock "$home/server.lock" true; '  # until the server has ended
     script += 'head -c 1G /dev/zero >"$home/ballast" 2>/dev/null; "$@"; second=$?; rm "$home/ballast"; "$@"; echo $first $second $?; }'
     for size, codes in (("10m", "5 5 5"), ("80m", "0 5 0")):
         prefix = ["env", f"size={size}", f"home={home}", "unshare", "-m", "sh", "-c", script, "sh"]
@@ -523,41 +550,41 @@ def test_data_of_another_major_version(home):
     assert [path.name for path in (home / "postgresql").iterdir()] == ["PG_VERSION"]
 
 
-def test_server_that_does_not_start(home):
+def test_server_that_does_not_start(used):
     """The reason that PostgreSQL gave is in the message, one line, at once; the cause removed, it starts."""
-    with embedded.use(home):
+    with embedded.use(used):
         pass
-    assert server_ended(home)  # else the one that is ending answers once more
-    configuration = home / "postgresql/postgresql.auto.conf"
+    assert server_ended(used)  # else the one that is ending answers once more
+    configuration = used / "postgresql/postgresql.auto.conf"
     before = configuration.read_text()
     configuration.write_text("shared_buffers = lots\n")
     started = time.monotonic()
     with pytest.raises(DatabaseError, match=r"shared_buffers|configuration file") as caught:
-        embedded.use(home)
+        embedded.use(used)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < embedded.START_SECONDS / 2
     configuration.write_text(before)
-    with embedded.use(home) as server:
+    with embedded.use(used) as server:
         assert ask(server, "select 1") == [(1,)]
 
 
-def test_hanging_server(home, monkeypatch):
+def test_hanging_server(used, monkeypatch):
     """A server that is there but gives no answer is waited for, not started twice on the same data; then an error says so."""
-    with embedded.use(home):
+    with embedded.use(used):
         monkeypatch.setattr(embedded, "START_SECONDS", 0.2)
-        stopped = [pid for pid in processes(home) if pid != keeper(home)]
-        pid = postmaster(home)
+        stopped = [pid for pid in processes(used) if pid != keeper(used)]
+        pid = postmaster(used)
         for each in stopped:
             os.kill(each, signal.SIGSTOP)
         try:
-            (home / "postgresql/.s.PGSQL.5432").rename(home / "postgresql/away")  # or each question would wait its 5 s
+            (used / "postgresql/.s.PGSQL.5432").rename(used / "postgresql/away")  # or each question would wait its 5 s
             with pytest.raises(DatabaseError, match=r"holds server\.lock"):
-                embedded.use(home)
+                embedded.use(used)
         finally:
-            (home / "postgresql/away").rename(home / "postgresql/.s.PGSQL.5432")
+            (used / "postgresql/away").rename(used / "postgresql/.s.PGSQL.5432")
             for each in stopped:
                 os.kill(each, signal.SIGCONT)
-        assert postmaster(home) == pid
+        assert postmaster(used) == pid
 
 
 def test_server_that_is_starting_is_no_answer(folder):
@@ -566,25 +593,18 @@ def test_server_that_is_starting_is_no_answer(folder):
         listener.bind(str(folder / ".s.PGSQL.5432"))
         assert not embedded._answers(str(folder))  # a socket, and nobody listens
         listener.listen()
-        for code, ready in (("57P03", False), ("53300", True), ("28000", True)):
+
+        def reply(code: str) -> None:
             body = f"SFATAL\0C{code}\0Mtext\0\0".encode()
-            reply = b"E" + (len(body) + 4).to_bytes(4, "big") + body
-            pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, "-S", "-c", ACCEPT, str(listener.fileno()), reply.hex()],
-                os.environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, listener.fileno(), 0)],
-            )
-            assert embedded._answers(str(folder)) is ready
-            os.waitpid(pid, 0)
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"E" + (len(body) + 4).to_bytes(4, "big") + body)
 
-
-ACCEPT = """
-import socket, sys
-connection, _ = socket.socket(fileno=0).accept()
-connection.recv(1000)
-connection.sendall(bytes.fromhex(sys.argv[2]))
-"""
+        with ThreadPoolExecutor(1) as pool:
+            for code, ready in (("57P03", False), ("53300", True), ("28000", True)):
+                replied = pool.submit(reply, code)
+                assert embedded._answers(str(folder)) is ready
+                replied.result()
 
 
 def test_folder_of_everybody(home):

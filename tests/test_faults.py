@@ -5,6 +5,7 @@ The long version is `make soak`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from psycopg.conninfo import conninfo_to_dict
 from catalog import database, ingest, synthetic
 from loaderd import Feed, FeedError, attach
 from tests.faults.harness import INJECT, SMALL_SHM, Harness, Scenario, shared_memory, undisturbed
-from tests.processes import daemons, server_ended, wait_until
+from tests.processes import daemons, kill, server_ended, wait_until
 from tests.test_feed import order
 from tests.test_ranks import two_hosts
 
@@ -58,6 +59,7 @@ def own_server(many_contours: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     with database.open_database() as db:
         ingest.ingest(db, many_contours, jobs=1)
     yield home
+    assert wait_until(lambda: daemons() == [])
     assert server_ended(home)
     shutil.rmtree(home)
 
@@ -83,12 +85,12 @@ THREE = Scenario(
 def test_a_training_survives_death_at_every_point(catalogued: str, conn: psycopg.Connection, tmp_path: Path, scenario: Scenario) -> None:
     """Each position of each epoch comes once, in SQL's order, bit for bit; the ledger proves it, and nothing is left behind."""
     expected = undisturbed()
-    before = shared_memory()
+    before = set(shared_memory())
     harness = Harness(scenario, tmp_path / "faults", catalogued, "unet")
     harness.run()
     harness.check(conn, expected)
     assert sum(harness.told.faults.values()) == len(scenario.faults)
-    assert shared_memory() == before
+    assert set(shared_memory()) <= before  # other programs' goes when it likes
 
 
 def everything(feed: Feed, epochs: int, between: Callable[[int], None] = lambda number: None) -> list[list[int]]:
@@ -143,17 +145,20 @@ def test_killed_postgresql_comes_back(own_server: Path, loaderd: Run) -> None:
     """The embedded server's postmaster killed three times under a training: it gets everything in order, and the ledger says so."""
     killed: set[int] = set()
 
-    def postmaster() -> int:
-        return int((own_server / "postgresql/postmaster.pid").read_text().split()[0])
+    def postmaster() -> int | None:
+        try:
+            return int((own_server / "postgresql/postmaster.pid").read_text().split()[0])
+        except (FileNotFoundError, IndexError):  # the next one is just writing it
+            return None
 
-    def kill(number: int) -> None:
+    def kill_it(number: int) -> None:
         if number in (5, 40, 100):
-            assert wait_until(lambda: postmaster() not in killed)
-            killed.add(postmaster())
-            os.kill(postmaster(), signal.SIGKILL)
+            assert wait_until(lambda: postmaster() not in {None, *killed})
+            killed.add(pid := postmaster() or 0)
+            os.kill(pid, signal.SIGKILL)
 
     with Feed(structures=["inner"], batch_size=4, seed=3, run="r") as feed:
-        found = everything(feed, 5, kill)
+        found = everything(feed, 5, kill_it)
     assert len(killed) == 3
     with database.open_database() as db, db.connect() as conn:
         assert found == [order(conn, 3, epoch) for epoch in range(5)]
@@ -167,19 +172,21 @@ def test_postgresql_gone_for_good(catalogued: str, conn: psycopg.Connection, tmp
     parts = conninfo_to_dict(catalogued)
     folder = Path(tempfile.mkdtemp(prefix="proxy-"))
     command = [sys.executable, str(INJECT.parent / "proxy.py"), str(folder), str(parts["host"]), str(parts["port"])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy, contextlib.ExitStack() as stack:
+        stack.callback(proxy.kill)
         assert proxy.stdout is not None and proxy.stdout.readline() == "listening\n"
         secret = f":{parts['password']}" if parts.get("password") else ""
         url = f"postgresql://{parts['user']}{secret}@/{parts['dbname']}?host={folder}&port=5432"
         found: list[int] = []
-        with Feed(structures=["inner"], batch_size=4, seed=3, run="r", timeout_s=4, database=url) as feed:
+        with Feed(structures=["inner"], batch_size=4, seed=3, run="r", database=url) as feed:
             with pytest.raises(FeedError, match="database") as raised:
                 for number, batch in enumerate(feed.epochs(50)):
                     found += batch.sample_ids.tolist()
                     if number == 3:
                         proxy.kill()
-            for pid in daemons():  # else it waits for its database for a while
-                os.kill(pid, signal.SIGKILL)
+                    if len(found) == N:
+                        feed.timeout_s = 1
+            kill(daemons())  # else it waits for its database for a while
             for process in attach._started:
                 process.wait()
     assert "\n" not in str(raised.value)

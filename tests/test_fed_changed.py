@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from catalog.errors import UsageError
 from loaderd import Feed, FeedError, named
 from loaderd.cli import app
 from loaderd.definitions import Definition
-from tests.processes import workers
+from tests.processes import serving, workers
 
 
 def batches(**how: Any) -> list[tuple[np.ndarray[Any, Any], ...]]:
@@ -33,6 +34,13 @@ def whole(**how: Any) -> dict[str, np.ndarray[Any, Any]]:
         [batch] = feed.epoch()
         found = {name: getattr(batch, name) for name in ("images", "masks", "labels", "sample_ids", "sample_keys", "present")}
         return {name: None if array is None else array.copy() for name, array in found.items()}
+
+
+@pytest.fixture
+def ingested(ingested: str) -> Iterator[str]:
+    """The same, with one daemon for all feeds of a test."""
+    with serving():
+        yield ingested
 
 
 @pytest.fixture

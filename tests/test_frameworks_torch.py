@@ -106,9 +106,10 @@ def test_fields_say_which_sample_is_behind_a_row() -> None:
 
 def test_without_the_copy_tensors_hold_their_slot() -> None:
     """With copy=False a tensor is the ring's memory: it stays as it is while held, holds its slot, and a write to it ends the process."""
-    with Feed(**ARGUMENTS, slots=2, timeout_s=2) as feed:
+    with Feed(**ARGUMENTS, slots=2) as feed:
         batches = iter(feed.torch(copy=False))
         (first, _), (second, _) = next(batches), next(batches)
+        feed.timeout_s = 1  # only now: what is on its way may take longer
         before = first.clone(), second.clone()
         assert first.numpy().base is not None
         child = os.fork()
@@ -120,7 +121,7 @@ def test_without_the_copy_tensors_hold_their_slot() -> None:
         with pytest.raises(FeedError, match="this process holds all 2 slots"):
             next(batches)
         assert torch.equal(first, before[0]) and torch.equal(second, before[1])
-    with Feed(**ARGUMENTS, slots=2, timeout_s=2) as feed:
+    with Feed(**ARGUMENTS, slots=2) as feed:
         assert [images.sum().item() for _ in range(3) for images, _ in feed.torch(copy=False)]  # nothing is held: nothing waits
 
 

@@ -342,7 +342,7 @@ def test_again_opens_no_image(study: Path, take_in: Callable[..., Summary], tmp_
     take_in(study)
     trace = tmp_path / "trace"
     command = ["strace", "-f", "-e", "trace=open,openat", "-o", trace, sys.executable, "-m", "catalog.cli", "ingest", study]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/")
     assert done.returncode == 0 and "0 files read" in done.stdout, done.stderr
     opened = trace.read_text()
     assert "link.csv" in opened
@@ -618,8 +618,13 @@ def test_phases(study: Path, conn: Conn, take_in: Callable[..., Summary]) -> Non
 # ---------------------------------------------------------------------------------------------------- stopped
 
 
-def program(tmp_path: Path, *, slow: float = 0.0, lethal: str = "no such file", files_per_task: int = 4) -> dict[str, str]:
-    """Return an environment in which reading an image takes longer, or one file kills its reader, and commits are small."""
+def program(
+    tmp_path: Path, *, slow: float = 0.0, lethal: str = "no such file", held: str = "no such file", files_per_task: int = 4
+) -> dict[str, str]:
+    """Return an environment in which reading an image takes longer, or one file kills its reader, and commits are small.
+
+    An image that is `held` is not read before there is tmp_path / "go on".
+    """
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(f"""
@@ -629,6 +634,8 @@ ingest.FILES_PER_COMMIT, reading.FILES_PER_TASK = 10, {files_per_task}
 read_dicom = reading._read_dicom
 def read(path, entry, hashing):
     time.sleep({slow})
+    while {held!r} in str(path) and not os.path.exists({str(tmp_path / "go on")!r}):
+        time.sleep(0.02)
     if {lethal!r} in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return read_dicom(path, entry, hashing)
@@ -660,7 +667,7 @@ def group(leader: int) -> list[int]:
 def test_killed_at_any_moment(
     three: Path, conn: Conn, database_url: str, new_database: Callable[[], str], tmp_path: Path, take_in: Callable[..., Summary]
 ) -> None:
-    """Killed by -9 at eight random moments and begun again, an ingest ends with what it would have written undisturbed.
+    """Killed by -9 at eight random moments or more and begun again, an ingest ends with what it would have written undisturbed.
 
     Each time whole files are there only, no reading process stays, and the killed run is on record as interrupted.
     """
@@ -671,7 +678,9 @@ def test_killed_at_any_moment(
     random_moments = random.Random(2026)
     environment = program(tmp_path, slow=0.004)
     kills = 0
-    for _ in range(2):
+    for catalogs in range(10):
+        if catalogs >= 2 and kills >= 5:  # else more of them: the others had ended by then
+            break
         url = new_database()
         with psycopg.connect(url, autocommit=True) as there:
             for moment in sorted(random_moments.randrange(total + 5) for _ in range(4)):
@@ -700,7 +709,7 @@ def test_killed_at_any_moment(
                 before = tuples(there)
                 ingest.ingest(db, three, executor=threads)
                 assert tuples(there) == before
-    assert kills >= 5  # the others had ended by then
+    assert kills >= 5
 
 
 def test_reader_that_dies(three: Path, conn: Conn, catalog: Run, tmp_path: Path) -> None:
@@ -758,15 +767,13 @@ def test_executor_that_takes_no_more(study: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("files", [0, 10], ids=["at once", "midway"])
 def test_interrupted(three: Path, conn: Conn, tmp_path: Path, take_in: Callable[..., Summary], files: int) -> None:
     """Ctrl-C ends at once with exit code 130 and one line; the run is on record, and the next goes on."""
-    process = start(three, program(tmp_path, slow=0.8))
+    process = start(three, program(tmp_path, held="SYN0002/1.dcm" if files else "SYN0001/1.dcm"))
     assert process.stderr is not None
     assert wait_until(lambda: len(group(process.pid)) > 2 and ask(conn, "SELECT count(*) FROM file")[0][0] >= files)
-    begun = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 10  # 0.3 s on an idle machine; reading on takes over 20 s
+    _, said = process.communicate(timeout=60)  # what is being read would not come to an end
     assert (process.returncode, said) == (130, "catalog: interrupted; the same command goes on where this one ended\n")
-    assert wait_until(lambda: group(process.pid) == [], 10)
+    assert wait_until(lambda: group(process.pid) == [])
     [(done, state)] = ask(conn, "SELECT (SELECT count(*) FROM file), (SELECT max(state) FROM ingest_run)")
     assert state == ("interrupted" if files else None)
     summary = take_in(three)
@@ -785,7 +792,7 @@ def test_two_at_once(three: Path, conn: Conn, tmp_path: Path) -> None:
             "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         )
         assert wait_until(lambda: ask(conn, at_the_gate) == [(2,)])
-    said = [process.communicate(timeout=60) for process in both]
+    said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     waiting = "catalog: another ingest of this root is running; waiting for it\n"
     assert sorted(errors for _, errors in said) == ["", waiting]

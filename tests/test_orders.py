@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -227,12 +226,17 @@ def test_a_trainer_that_leaves_while_its_order_is_stored(
     take_in(database_url, studies)
     for name, value in (("PART", 4), ("FIRST", 4), ("LARGE", 1)):
         monkeypatch.setattr(orders, name, value)
-    insert = orders.Planner._insert
-    monkeypatch.setattr(orders.Planner, "_insert", lambda self, plan, part: (time.sleep(0.3 * (part.number > 0)), insert(self, plan, part)))
+    insert, cancel = orders.Planner._insert, orders.Planner.cancel
+    left = threading.Event()
+    monkeypatch.setattr(orders.Planner, "_insert", lambda self, plan, part: (part.number and left.wait(60), insert(self, plan, part)))
+    monkeypatch.setattr(orders.Planner, "cancel", lambda self: (left.set(), cancel(self)))
     with database.open_database(database_url) as db:
         planner = orders.Planner(db, INNER, make_run(conn, "r"), attempts.open_stream(conn, INNER))
         assert planner.plan(0, (64, 64), 12).stored == 4
+        if begun:  # nothing is cancelled
+            threading.Timer(0.3, left.set).start()
         planner.close(begun=0 if begun else -1)
+        assert left.is_set()
         assert not any(thread.name == "order" for thread in threading.enumerate())
     assert conn.execute("SELECT order_sha256 IS NOT NULL FROM epoch").fetchone() == (begun,)
 

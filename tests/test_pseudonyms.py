@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pydicom.encaps
 import pydicom.uid
 import pytest
 
-from catalog import database, ingest, measuring, places, pseudonyms, reading, roles, terms
+from catalog import database, edges, ingest, measuring, places, pseudonyms, reading, roles, terms
 from catalog.errors import CatalogError, UsageError
 from catalog.ingest import LOCK_CLASS
 from catalog.layouts import Entry, Found, Image, Problem
@@ -32,6 +33,19 @@ from tests.conftest import DATA, Run
 from tests.processes import wait_until
 
 KEY = bytes(range(32))
+
+
+@contextlib.contextmanager
+def threads(jobs: int | None, files: int) -> Iterator[Executor]:
+    """In the place of processes, of which each takes a second to begin; commands, which are processes themselves, have theirs."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (reading, measuring, edges):
+        monkeypatch.setattr(module, "processes", threads)
 
 
 @pytest.fixture
@@ -319,7 +333,7 @@ def test_real(name: str, new_database: Callable[..., str]) -> None:
     if not (folder := DATA / name).is_dir():
         pytest.skip(f"the real files are not in {folder}; set SCANFEED_DATA")
     with database.open_database(new_database()) as first, database.open_database(new_database()) as second:
-        summaries = ingest.ingest(first, folder, jobs=2), take(second, folder)
+        summaries = ingest.ingest(first, folder, jobs=1), take(second, folder)
         for field in ("images", "annotations", "paired", "proposed", "unpaired", "masks", "standing_errors", "left_over", "fell_back"):
             assert getattr(summaries[0], field) == getattr(summaries[1], field), field
         with connected(first) as plain, connected(second) as conn:
@@ -590,12 +604,12 @@ def test_two_beginnings(kind: str, tree: Path, new_database: Callable[..., str])
         with conn.transaction():
             conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [LOCK_CLASS])  # the other one makes its root
             late = thread.submit(ingest.ingest, db, tree, jobs=1, names=Pseudonyms(KEY) if kind == "pseudonymized" else None)
-            wait_until(lambda: one(conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1)
+            assert wait_until(lambda: one(conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1)
             if kind == "pseudonymized":
                 conn.execute("INSERT INTO root (name, url) VALUES ('other', '/other')")
             else:
                 pseudonyms.begin(conn, Pseudonyms(KEY, dates="shift"), "somebody")
         with pytest.raises(UsageError, match="begun without a key" if kind == "pseudonymized" else "say --pseudonymize"):
-            late.result(60)
+            late.result(300)
         assert one(conn, "SELECT count(*) FROM root WHERE name <> 'other'") == 0
         assert one(conn, "SELECT count(*) FROM pseudonymization") == (kind == "plain")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from tests import commands
+from tests.processes import serving
+
+FIRST_FEEDS = 4  # the first block of Python
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
@@ -22,27 +28,36 @@ def write_digits(folder: Path) -> None:
     (folder / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, 20) + bytes(at % 10 for at in range(20)))
 
 
-def test_what_users_do(database_url: str, studies: Path, tmp_path: Path) -> None:
-    """Every command and Python block under "The five things" and four more sections, copied out in this order, runs without an error."""
+def test_what_users_do(database_url: str, studies: Path, tmp_path: Path, _forking: socket.socket) -> None:
+    """Every command and Python block under "The five things" and four more sections, copied out in this order, runs without an error.
+
+    The first commands are the installed programs, the first Feeds start daemons of their own; the others are spared these starts, which
+    take longer than what they do.
+    """
     titles = ("The five things", "Trainings that go on", "Know what you train on", "Sets that can be proved", "What the trainer gets")
     sections = [re.search(rf"^## {title}$(.*?)^## ", README, re.M | re.S) for title in titles]
     blocks = [found for section in sections if section for found in re.findall(r"^```(sh|python)\n(.*?)^```", section[1], re.M | re.S)]
     assert [kind for kind, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh", "python", "sh", "sh", "sh", "sh", "sh",
                                            "sh", "python", "sh", "python", "sh", "sh"]  # fmt: skip
     write_digits(tmp_path / "mnist")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    installed = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     printed = []
-    for kind, written in blocks:
-        # The words for the user's own folder and patient.
-        text = (
-            written.replace("/data/final_data", str(studies))
-            .replace("SCD0000201", "SYN0002")
-            .replace("/data/mnist", str(tmp_path / "mnist"))
-        )
-        command = ["sh", "-ec", text] if kind == "sh" else [sys.executable, "-c", text]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
-        assert done.returncode == 0, (text, done.stderr)
-        printed.append(done.stdout)
+    with ExitStack() as stack:
+        stack.enter_context(commands.programs(_forking, tmp_path / "bin", {"catalog": "catalog.cli", "loaderd": "loaderd"}))
+        for number, (kind, written) in enumerate(blocks):
+            # The words for the user's own folder and patient.
+            text = (
+                written.replace("/data/final_data", str(studies))
+                .replace("SCD0000201", "SYN0002")
+                .replace("/data/mnist", str(tmp_path / "mnist"))
+            )
+            if number == FIRST_FEEDS + 1:
+                stack.enter_context(serving())
+            command = ["sh", "-ec", text] if kind == "sh" else [sys.executable, "-c", text]
+            environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{installed}" if number else installed}
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=400)
+            assert done.returncode == 0, (text, done.stderr)
+            printed.append(done.stdout)
     assert "48 images" in printed[0] and "nothing new" not in printed[0]
     assert (tmp_path / "overlay.png").stat().st_size > 10_000
     assert "ejection_fraction" in printed[3] and "SYN0003" in printed[3]

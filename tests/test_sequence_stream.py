@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 
 from catalog import database, ingest
-from loaderd import Feed, FeedError
+from loaderd import Feed, FeedError, attach
 from tests.processes import wait_until, workers
 
 COUNT, ROWS, COLUMNS = 60, 6, 5
@@ -118,3 +119,28 @@ def test_what_cannot_be_composed_is_refused(pixels: np.ndarray[Any, Any], conn: 
     conn.execute("UPDATE annotation SET label = 'cat' WHERE label = '3'")
     with pytest.raises(FeedError, match="6 of 60 samples have no digit"):
         Feed(sequences=OPTIONS)
+
+
+def test_a_feed_that_is_refused_leaves_no_memory_behind(pixels: np.ndarray[Any, Any]) -> None:
+    """The digits that were looked up for a stream that cannot be fed are given back: for want of room, or as its run was fed before."""
+
+    def held() -> int:
+        found = 0
+        for entry in Path(f"/proc/{daemon}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                found += "loaderd-pool" in str(entry.readlink())
+        return found
+
+    with Feed(limit=1):
+        status = attach.status()
+        assert status is not None
+        daemon = status["pid"]
+        with pytest.raises(FeedError, match="there is no room for it"):
+            Feed(sequences={"length": (2, 100)}, batch_size=60_000, slots=128)
+        state = {"stream": "x", "run": "never", "epoch": 0, "step": 0, "attempt": 1}
+        with pytest.raises(FeedError, match="never fed"):
+            Feed(sequences=OPTIONS, run="never", resume=state)
+        assert wait_until(lambda: held() == 0)
+        with Feed(sequences=OPTIONS):
+            assert held() > 0
+        assert wait_until(lambda: held() == 0)

@@ -33,7 +33,7 @@ import psycopg
 from loaderd import Feed
 from loaderd.shares import Share
 from loaderd.workers import SOURCE, python
-from tests.processes import wait_until
+from tests.processes import kill, wait_until
 
 HERE = Path(__file__).parent
 INJECT = HERE / "inject"
@@ -42,7 +42,7 @@ IN_DAEMON = ("planned", "reserved", "decoded", "announced", "ended", "acknowledg
 IN_TRAINER = ("received", "asked", "saved")
 POINTS = (*IN_DAEMON, *IN_TRAINER)  # "starting" is passed only by one that follows another
 VICTIMS = ("daemon", "worker", "trainer", "everything")  # killed at some time; also: supervisor, postgresql
-START_S = 60  # generous: two shared cores, and other tests on them
+START_S = 180  # generous: two shared cores, and other tests on them
 # A small /dev/shm of its own for a process and its children.
 SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh")
 
@@ -353,9 +353,8 @@ class Harness:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self.left = not wait_until(lambda: self.processes() == {}, 30)
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+        self.left = not wait_until(lambda: self.processes() == {})
+        kill(self.processes())
 
     # ------------------------------------------------------------------ proving
 
