@@ -6,12 +6,13 @@ import contextlib
 import gc
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import psycopg
 import pytest
 
 from catalog import contours, database, dicom, ingest
-from loaderd import Batch, Feed, FeedError, batches
-from tests.processes import daemons, wait_until
+from loaderd import Batch, Feed, FeedError, attach, batches
+from tests.processes import daemons, kill, wait_until
 
 
 def stored(conn: psycopg.Connection, structure: str) -> dict[int, tuple[str, np.ndarray]]:
@@ -350,6 +351,31 @@ def test_close_from_another_thread(ingested: str) -> None:
     assert held[0].shape == (2, 64, 64)  # what is held stays readable
     feed.close()
     assert daemons() == []
+
+
+def test_close_while_it_attaches_again(ingested: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feed whose daemon died and that is closed by another thread meanwhile says so, and does not wait for the next daemon."""
+    feed = Feed(structures=["inner"], batch_size=2, slots=2, timeout_s=60)
+    iterator = feed.epoch()
+    held = [next(iterator).images, next(iterator).images]  # both slots, so that no batch lies in the dead daemon's socket
+    again = attach.again
+
+    def closed_meanwhile(*arguments: Any, **options: Any) -> attach.Attached:
+        found = again(*arguments, **options)
+        kill(daemons(), signal.SIGSTOP)  # before it says anything that would end the wait
+        closing.append(pool.submit(feed.close))
+        assert wait_until(lambda: feed._closed)
+        return found
+
+    monkeypatch.setattr(attach, "again", closed_meanwhile)
+    closing: list[Future[None]] = []
+    with ThreadPoolExecutor() as pool:
+        kill(daemons())
+        with pytest.raises(FeedError, match="closed"):
+            next(iterator)
+        kill(daemons(), signal.SIGCONT)
+        closing[0].result()
+    assert len(held) == 2 and wait_until(lambda: daemons() == [])
 
 
 SCRIPT = """
