@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from studies import train_and_held_out
 
 import loaderd
@@ -30,8 +31,11 @@ def main() -> None:
         loaderd.Feed(**shared, where=train, seed=7, tail="pad", transforms=[*varied, {"name": "zscore"}]) as feed,
         loaderd.Feed(**shared, where=held_out, tail="pad", shuffle=False, transforms=[{"name": "zscore"}]) as validation,
     ):
-        parameters = created(jax.random.key(0))
-        moments = jax.tree.map(lambda x: (jnp.zeros_like(x), jnp.zeros_like(x)), parameters)
+        parameters = created(np.random.default_rng(0))
+        moments = {name: (np.zeros_like(x), np.zeros_like(x)) for name, x in parameters.items()}
+        # On all devices that the batches are sharded over, as the step returns them: else its second call compiles it once more.
+        everywhere = NamedSharding(Mesh(np.array(jax.local_devices()), ("batch",)), PartitionSpec())
+        parameters, moments = jax.device_put((parameters, moments), everywhere)
         # With (images, masks, valid) the padding of the last batch can be left out, and all batches are of one shape: one compilation.
         batches, checked = (one.jax(fields=("images", "masks", "valid")) for one in (feed, validation))
         epochs = -(-STEPS // len(feed))
@@ -106,8 +110,8 @@ def block(parameters: Parameters, name: str, x: Array) -> Array:
     return x
 
 
-def created(key: Array) -> Parameters:
-    """Return random parameters."""
+def created(draw: np.random.Generator) -> dict[str, Any]:
+    """Return random parameters, drawn by NumPy: JAX would compile its generator for each shape, which takes longer than the training."""
     first, second, third = WIDTHS
     blocks = {
         "down0": (1, first),
@@ -116,13 +120,18 @@ def created(key: Array) -> Parameters:
         "up1": (second + third, second),
         "up0": (first + second, first),
     }
-    parameters = {"last": jax.random.normal(key, (first, 1)) * first**-0.5, "bias": jnp.zeros(1)}
+    # Few pixels are in a mask: begun at a probability of a half, all channels that speak for one may die before they learn anything.
+    parameters = {"last": normal(draw, (first, 1), first**-0.5), "bias": np.full(1, -2, np.float32)}
     for name, (before, after) in blocks.items():
         for layer, channels in (("a", before), ("b", after)):
-            key, mine = jax.random.split(key)
-            parameters[name + layer] = jax.random.normal(mine, (3, 3, channels, after)) * (2 / (9 * channels)) ** 0.5
-            parameters[name + layer + "scale"], parameters[name + layer + "shift"] = jnp.ones(after), jnp.zeros(after)
+            parameters[name + layer] = normal(draw, (3, 3, channels, after), (2 / (9 * channels)) ** 0.5)
+            parameters[name + layer + "scale"], parameters[name + layer + "shift"] = np.ones(after, np.float32), np.zeros(after, np.float32)
     return parameters
+
+
+def normal(draw: np.random.Generator, shape: tuple[int, ...], deviation: float) -> Any:
+    """Return normally distributed numbers around 0."""
+    return draw.standard_normal(shape, np.float32) * np.float32(deviation)
 
 
 if __name__ == "__main__":

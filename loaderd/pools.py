@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from psycopg import sql
 
 from catalog.database import Database
 from catalog.errors import UsageError
@@ -85,7 +86,7 @@ def make(database: Database, definition: Definition) -> tuple[int, tuple[int, in
     query, parameters = selection(definition)
     with database.read_only(timeout_s=SELECT_TIMEOUT_S) as reading:
         wanted = np.array([row[0] for row in reading.execute(query, parameters)], np.int64)
-    found = digits.load(database)
+    found = digits.load(database, _among(definition))
     here = np.isin(found.sample_ids, wanted)
     if (missing := len(wanted) - np.count_nonzero(here)) > 0:
         raise UsageError(
@@ -110,3 +111,11 @@ def make(database: Database, definition: Definition) -> tuple[int, tuple[int, in
         os.close(fd)
         raise
     return fd, (sequencer.height, sequencer.width), sequencer.max_length
+
+
+def _among(definition: Definition) -> str | None:
+    """Return the condition over the view `sample` for the labels that the stream feeds: an image may have others, which are no digits."""
+    if definition.labels is None:  # its condition, if any, is one over images
+        return None
+    named = "structure = " + sql.Literal(definition.labels).as_string()
+    return named if definition.where is None else f"({definition.where}\n) AND {named}"

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from catalog.errors import UsageError
 from loaderd import Feed
+from tests.labelled import COUNT, SEQUENCES, check_digits, check_sequences, check_views, label
 
 pytest.importorskip("jax")
 
@@ -73,3 +75,19 @@ def test_short_batches_are_refused(ingested: str) -> None:
             feed.numpy(fields=["image"])
         with pytest.raises(UsageError, match="'labels': this feed has none"):
             next(iter(feed.numpy(fields=["labels"])))
+
+
+def test_labels_and_sequences(ingested: str, tmp_path: Path) -> None:
+    """A tuple is (images, labels), with structures (images, masks, labels); of sequences labels are the digits (B, L), and `fields` has
+    their boxes. JAX makes int64 int32; what is not valid can be left out."""
+    label(ingested, tmp_path)
+    with Feed(labels="label", batch_size=8, tail="pad") as feed:
+        assert sum(images.shape == (8, 6, 5) and labels.shape == (8,) for images, labels in feed.jax()) == len(feed)
+        batches = [[np.asarray(array) for array in arrays] for arrays in feed.jax(fields=["images", "labels", "valid"])]
+        assert all(labels.dtype == np.int32 for _, labels, _ in batches)
+        assert sum(check_digits(images[valid], labels[valid]) for images, labels, valid in batches) == COUNT
+    with Feed(structures=["inner"], labels="view", batch_size=4, tail="drop") as feed:
+        assert sum(check_views(masks, labels) for _, masks, labels in feed.jax()) == 12
+    with Feed(labels="label", sequences=SEQUENCES, batch_size=8, tail="drop") as feed:
+        assert sum(check_sequences(images, digits) for images, digits in feed.jax()) == COUNT // 8 * 8
+        assert sum(check_sequences(*arrays) for arrays in feed.jax(fields=["images", "labels", "boxes"])) == COUNT // 8 * 8

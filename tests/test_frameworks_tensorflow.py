@@ -11,12 +11,15 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from tests.labelled import label
+
 pytest.importorskip("tensorflow")
 
 # In a process of its own: TensorFlow's threads and warnings stay there, and it takes 6 s of CPU to load.
 DATASETS = """
 import numpy as np, tensorflow as tf
 from loaderd import Feed
+from tests.labelled import COUNT, SEQUENCES, WIDTH, check_digits, check_sequences, check_views
 
 with (
     Feed(structures=["inner"], batch_size=4, limit=10, slots=2, seed=5, run="short") as feed,
@@ -40,19 +43,38 @@ with (
         tf.TensorSpec((4,), tf.bool), tf.TensorSpec((4,), tf.int64),
     )
     assert [valid.numpy().tolist() for _, _, valid, _ in data] == [[True] * 4, [True, True, False, False]]
+
+with (
+    Feed(labels="label", batch_size=8) as labelled,
+    Feed(structures=["inner"], labels="view", batch_size=8) as both,
+    Feed(labels="label", sequences=SEQUENCES, batch_size=8) as composed,
+):
+    data = labelled.tensorflow()
+    assert data.element_spec == (tf.TensorSpec((None, 6, 5), tf.float32), tf.TensorSpec((None,), tf.int64))
+    assert sum(check_digits(images, labels) for images, labels in data) == COUNT
+    assert sum(check_views(masks, labels) for _, masks, labels in both.tensorflow()) == 12
+    data = composed.tensorflow()
+    assert data.element_spec == (tf.TensorSpec((None, 6, WIDTH), tf.float32), tf.TensorSpec((None, 4), tf.int64))
+    assert sum(check_sequences(images, digits) for images, digits in data) == COUNT
+    data = composed.tensorflow(fields=["images", "labels", "boxes"])
+    assert data.element_spec[2] == tf.TensorSpec((None, 4, 4), tf.int64)
+    assert sum(check_sequences(*tensors) for tensors in data) == COUNT
 """
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
 # What the docs show, run behind it.
-DOCUMENTED = re.findall(
-    r"^## TensorFlow$.*?^```python\n(.*?)^```", (Path(__file__).resolve().parent.parent / "docs" / "frameworks.md").read_text(), re.M | re.S
-)
+DOCUMENTED = re.findall(r"^## TensorFlow$.*?^```python\n(.*?)^```", (REPOSITORY / "docs" / "frameworks.md").read_text(), re.M | re.S)
 
 
-def test_a_dataset_is_the_feeds_epochs(ingested: str, conn: psycopg.Connection) -> None:
+def test_a_dataset_is_the_feeds_epochs(ingested: str, conn: psycopg.Connection, tmp_path: Path) -> None:
     """Each iteration is the next epoch, bit for bit and whole, from the first on although the spec needs a batch; elements that are kept
-    stay right when their slots are used again; the spec leaves the batch size open only where batches can be short."""
+    stay right when their slots are used again; the spec leaves the batch size open only where batches can be short. Of labels= an
+    element is (images, labels), with structures (images, masks, labels); of sequences= labels are the digits, and `fields` has boxes."""
+    label(ingested, tmp_path)
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run([sys.executable, "-c", DATASETS + DOCUMENTED[0]], capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, "-c", DATASETS + DOCUMENTED[0]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     coverage = conn.execute(
         "SELECT run, count(*), sum(planned - acknowledged), sum(twice) FROM epoch_coverage "

@@ -29,6 +29,7 @@ from loaderd import Feed, FeedError  # noqa: E402
 from loaderd.torch import FeedDataset  # noqa: E402
 from loaderd.workers import python  # noqa: E402
 from tests.conftest import _create, _named  # noqa: E402
+from tests.labelled import COUNT, SEQUENCES, check_digits, check_sequences, check_views, label  # noqa: E402
 from tests.processes import wait_until  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -140,6 +141,27 @@ def test_arguments_that_cannot_be_right() -> None:
             with pytest.raises(UsageError, match=says) as raised:
                 next(iter(feed.torch(**options)))
             assert "\n" not in str(raised.value)
+
+
+def test_labels_and_sequences(ingested: str, tmp_path: Path) -> None:
+    """A tuple is (images, labels), with structures (images, masks, labels), as int64; of sequences labels are the digits (B, L), and
+    `fields` has their boxes and members; DataLoader passes all of it on."""
+    label(ingested, tmp_path)
+    with Feed(labels="label", batch_size=8) as feed:
+        batches = list(feed.torch())
+        assert all(labels.dtype == torch.int64 for _, labels in batches)
+        assert sum(check_digits(images, labels) for images, labels in batches) == COUNT
+    with Feed(structures=["inner"], labels="view", batch_size=8) as feed:
+        assert sum(check_views(masks, labels) for _, masks, labels in feed.torch()) == 12
+    with Feed(labels="label", sequences=SEQUENCES, batch_size=8) as feed:
+        assert sum(check_sequences(images, digits) for images, digits in feed.torch()) == COUNT
+        loader = DataLoader(feed.torch(fields=["images", "labels", "boxes", "members", "sample_ids"]), batch_size=None)
+        seen = 0
+        for images, digits, boxes, members, ids in loader:
+            assert digits.dtype == boxes.dtype == members.dtype == torch.int64
+            assert ((members == ids[:, None]).any(1)).all() and torch.equal(members == -1, digits == -1)
+            seen += check_sequences(images, digits, boxes)
+        assert seen == COUNT
 
 
 # ------------------------------------------------------------------------------------------ DataLoaders

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -305,8 +304,12 @@ from catalog.database import open_database
 
 measure_images = measuring.measure_images
 
+done = 0
+
 def slow(items):
-    time.sleep(0.05)
+    global done
+    done += 1
+    time.sleep(0.05 if done <= 4 else 600)
     return measure_images(items)
 
 if __name__ == "__main__":
@@ -320,7 +323,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def slowly(tmp_path: Path, database_url: str) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """Start a process that measures two images in 50 ms, in a group of its own."""
+    """Start a process that measures some of the images, and the others in 10 minutes each, in a group of its own."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     started: list[subprocess.Popen[bytes]] = []
@@ -372,14 +375,12 @@ def test_killed_in_the_middle(
 
 
 def test_interrupted(studies: Path, conn: Conn, take_in: TakeIn, slowly: Callable[[], subprocess.Popen[bytes]]) -> None:
-    """Ctrl-C ends it within a second and leaves what was committed."""
+    """Ctrl-C ends it without waiting for the images that are being measured, and leaves what was committed."""
     take_in(studies)
     process = slowly()
     assert wait_until(lambda: conn.execute("SELECT count(*) > 3 FROM measure").fetchone() == (True,), 60)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    begun = time.monotonic()
-    process.wait(10)
-    assert time.monotonic() - begun < 1.5
+    process.wait(60)
     assert conn.execute("SELECT count(*) > 3 FROM measure").fetchone() == (True,)
 
 

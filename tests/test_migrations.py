@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from psycopg import sql
 from catalog import database
 from catalog.tables import metadata
 from tests.conftest import Run
+from tests.processes import wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -160,10 +160,8 @@ def test_a_migration_that_was_killed_leaves_nothing(empty: str, catalog: Run) ->
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' "
             "AND query LIKE '%CREATE TABLE pairing%' AND pid <> pg_backend_pid()"
         )
-        deadline = time.monotonic() + 20
-        while watcher.execute(waiting).fetchone() == (0,):
-            assert process.poll() is None and time.monotonic() < deadline, "the migration never came to the table"
-            time.sleep(0.02)
+        assert wait_until(lambda: watcher.execute(waiting).fetchone() != (0,) or process.poll() is not None, timeout_s=120)
+        assert process.poll() is None, "the migration never came to the table"
         process.send_signal(signal.SIGKILL)
         process.communicate()
         holder.rollback()

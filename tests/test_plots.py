@@ -209,7 +209,11 @@ def test_without_matplotlib_it_says_what_to_install(ingested: str, tmp_path: Pat
     """One line that names the extra, and no traceback; the rest of the command line works."""
     without = "import sys; sys.modules['matplotlib'] = None; from catalog.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", without, "plot", "areas", "-o", str(tmp_path / "x.png")], capture_output=True, text=True, cwd="/", timeout=60
+        [sys.executable, "-c", without, "plot", "areas", "-o", str(tmp_path / "x.png")],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=120,
     )
     assert done.returncode == 1
     assert done.stderr == "catalog: plots need matplotlib, which is not installed: pip install 'scanfeed[plots]'\n"

@@ -505,7 +505,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def wait_for_the_gate(conn: psycopg.Connection) -> None:
     """Wait until a rule waits for the lock that the test holds."""
     query = "SELECT FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%image i%'"
-    assert wait_until(lambda: conn.execute(query).fetchone() is not None, timeout_s=60)
+    assert wait_until(lambda: conn.execute(query).fetchone() is not None, timeout_s=120)
 
 
 def test_two_runs_at_once(ingested: str, conn: psycopg.Connection, write: Write, tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_two_runs_at_once(ingested: str, conn: psycopg.Connection, write: Write,
     assert second.stderr is not None
     assert second.stderr.readline() == "catalog: another run of the rules is going on; waiting for it\n"
     conn.execute("SELECT pg_advisory_unlock(77)")
-    raised = [json.loads(process.communicate(timeout=60)[0])["results"][0]["raised"] for process in (first, second)]
+    raised = [json.loads(process.communicate(timeout=120)[0])["results"][0]["raised"] for process in (first, second)]
     assert raised == [1, 0] and (first.returncode, second.returncode) == (3, 3)
     assert found(conn, "rule, state") == [("U-GATE", "open")]
 
@@ -539,11 +539,11 @@ def test_a_killed_run_is_made_up_for(ingested: str, conn: psycopg.Connection, wr
     process = start(*arguments)
     wait_for_the_gate(conn)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert found(conn, "rule, image_id") == [("U-A", 1)]
     conn.execute("SELECT pg_advisory_unlock(77)")
     process = start(*arguments)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert found(conn, "rule, image_id, state") == [("U-A", 1, "open"), ("U-GATE", 2, "open"), ("U-Z", 1, "open")]
     assert conn.execute("SELECT finished_at IS NULL FROM qa_run ORDER BY id").fetchall() == [(True,), (False,)]

@@ -268,12 +268,12 @@ def test_header_sizes_are_not_believed(tmp_path: Path) -> None:
     directory += bytes(at + 2 + 12 * entries - len(tags) - len(directory)) + tags
     directory += b"".join(struct.pack("<IQ", at + 12 * page, 0) for page in range(1, pages + 1))
     for data, message in ((promise, "promises"), (bytes(shared), "together"), (bytes(many), "pages"), (bytes(directory), "share")):
-        before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         error = refusal(file_of(tmp_path, data))
         assert message in str(error)
         assert error.code == "raster-too-large"
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
-        assert time.monotonic() - begun < 10
+        assert time.process_time() - begun < 10
 
 
 # ------------------------------------------------------------------------------------------------------------------ masks

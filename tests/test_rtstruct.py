@@ -417,9 +417,9 @@ def test_zeros_behind_the_end_are_no_elements(tmp_path):
     whole = read_annotations(path, {})
     with path.open("ab") as file:
         file.write(bytes(100_000_000))
-    begun = time.monotonic()
+    begun = time.process_time()
     assert read_annotations(path, {}) == whole
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 def test_a_deflated_file_inflates_to_a_limit(tmp_path, monkeypatch):

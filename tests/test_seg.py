@@ -488,14 +488,14 @@ def survive(folder, count, seed):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in mutants(seeds, count, seed):
         path.write_bytes(data)
-        begun = time.monotonic()
+        begun = time.process_time()
         try:
             for drawn in read_annotations(path, {}):
                 assert raster(drawn).shape == (drawn.segment.rows, drawn.segment.columns)
             read += 1
         except FileError as error:
             assert "\n" not in str(error)
-        slowest = max(slowest, time.monotonic() - begun)
+        slowest = max(slowest, time.process_time() - begun)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
     assert slowest < 10
     return read
@@ -513,13 +513,13 @@ def test_damaged_files_give_annotations_or_a_file_error_100000_times(tmp_path):
 
 
 def test_a_small_file_cannot_become_large(tmp_path):
-    """A run-length frame that claims 8,192×8,192, and a deflated file of nothing but zeros, are refused within a second."""
+    """A run-length frame that claims 8,192×8,192, and a deflated file of nothing but zeros, are refused within a second of computing."""
     path = written(tmp_path / "a.dcm", segmentation(ONE, kind="LABELMAP"), RLELossless)
     data = bytearray(path.read_bytes())
     for tag in (b"\x28\0\x10\0US\x02\0", b"\x28\0\x11\0US\x02\0"):
         at = data.index(tag) + 8
         data[at : at + 2] = struct.pack("<H", 8192)
-    begun = time.monotonic()
+    begun = time.process_time()
     path.write_bytes(data)
     assert refusal(path).code in ("truncated", "unreadable")
     head = written(path, segmentation(ONE), DeflatedExplicitVRLittleEndian).read_bytes()
@@ -527,4 +527,4 @@ def test_a_small_file_cannot_become_large(tmp_path):
     deflater = zlib.compressobj(9, wbits=-15)
     path.write_bytes(head + deflater.compress(bytes(1 << 26)) + deflater.flush())
     assert "there are zeros where its elements should be" in str(refusal(path))
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5

@@ -401,7 +401,7 @@ def test_without_scipy_it_says_what_to_install(ingested: str) -> None:
     """One line that names the extra, and no traceback."""
     without = "import sys; sys.modules['scipy'] = None; from catalog.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", without, "threshold", "--outer", "outer"], capture_output=True, text=True, cwd="/", timeout=60
+        [sys.executable, "-c", without, "threshold", "--outer", "outer"], capture_output=True, text=True, cwd="/", timeout=120
     )
     assert done.returncode == 1
     assert done.stderr == "catalog: proposals need SciPy, which is not installed: pip install 'scanfeed[derive]'\n"
