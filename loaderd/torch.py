@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catalog.errors import UsageError
-from loaderd.arrays import FIELDS
+from loaderd.arrays import Arrays
 from loaderd.attach import FeedError
 from loaderd.batch import Batch
 from loaderd.client import Feed
@@ -28,7 +28,7 @@ except ModuleNotFoundError:
     raise UsageError("feed.torch() needs PyTorch, which is not installed: pip install 'scanfeed[torch]'") from None
 
 
-class FeedDataset(IterableDataset[Any]):  # type: ignore[misc]
+class FeedDataset(Arrays, IterableDataset[Any]):  # type: ignore[misc]
     """The batches of a feed as tuples of tensors; each `iter()` is the feed's next epoch, or the rest of one that was resumed.
 
     For a plain loop, for ``DataLoader(dataset, batch_size=None)`` or torchdata's StatefulDataLoader, for Lightning. The daemon loads
@@ -37,9 +37,7 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc]
     Args:
         feed: The feed; it stays the caller's, who closes it.
         device: Where the tensors lie: ``"cpu"`` or ``"cuda"``, ``"cuda:1"``, ….
-        fields: What a tuple holds, in this order: ``"images"``, ``"masks"``, ``"labels"``, ``"boxes"``, ``"members"``, ``"present"``,
-            ``"sample_ids"`` (int64 (B,), the catalog's ids), ``"sample_keys"`` (uint8 (B, 16)), ``"valid"`` (bool (B,)). By default what
-            a `Batch` unpacks to: (images, masks), (images, labels) or all three. Shapes and dtypes are the batch's.
+        fields: What a tuple holds, as of `loaderd.arrays.Arrays`; by default (images, masks), or what else the feed's batches unpack to.
         copy: False gives tensors on the CPU that are the views themselves: nothing may be written to them, an in-place operation ends
             the process; and each holds a slot of the ring for as long as it or a view of it lives. For batches that are moved to a
             device at once.
@@ -52,22 +50,16 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc]
     """
 
     def __init__(self, feed: Feed, *, device: str | Any = "cpu", fields: Sequence[str] | None = None, copy: bool = True) -> None:
-        super().__init__()
-        self.feed = feed
+        super().__init__(feed, fields=fields)
         self._device = _device(device)
-        self._fields = _fields(fields)
         self._copy = copy
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-
-    def __len__(self) -> int:
-        """Steps (batches) a whole epoch, on this rank."""
-        return len(self.feed)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if get_worker_info() is not None:
             raise FeedError("a DataLoader around a Feed must have num_workers=0: the feed loads in processes of its own")
         # Nothing begins before the first next(): StatefulDataLoader makes iterators that it throws away.
-        return map(self._tensors, self.feed.epoch())
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where to go on, behind the batch that came last: `Feed.state_dict`."""
@@ -77,16 +69,8 @@ class FeedDataset(IterableDataset[Any]):  # type: ignore[misc]
         """Go on there, before the first epoch: `Feed.load_state_dict`."""
         self.feed.load_state_dict(state)
 
-    def _tensors(self, batch: Batch) -> tuple[Any, ...]:
-        if self._fields is None:
-            return tuple(None if array is None else self._tensor(array) for array in batch)
-        found = []
-        for name in self._fields:
-            array = getattr(batch, name, None)
-            if array is None:
-                raise UsageError(f"fields: {name!r}: this feed has none; open it with structures=, labels= or sequences=")
-            found.append(self._tensor(array))
-        return tuple(found)
+    def _arrays(self, batch: Batch) -> tuple[Any, ...]:
+        return tuple(map(self._tensor, self._views(batch)))
 
     def _tensor(self, array: NDArray[Any]) -> Any:
         if self._stream is not None:
@@ -125,11 +109,3 @@ def _device(given: Any) -> Any:
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise UsageError(f"device={given!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
     return device
-
-
-def _fields(given: Sequence[str] | None) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    if isinstance(given, str) or not given or any(name not in FIELDS for name in given):
-        raise UsageError(f"fields={given!r}: must be a list of some of {', '.join(FIELDS)}")
-    return tuple(given)

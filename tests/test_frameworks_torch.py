@@ -92,7 +92,7 @@ def test_tensors_are_the_batches_and_can_be_written_to() -> None:
 
 
 def test_fields_say_which_sample_is_behind_a_row() -> None:
-    """`fields` chooses what a tuple holds, in that order, with the batch's dtypes."""
+    """`fields` chooses what a tuple holds, in that order, with the batch's dtypes; what a feed has not is not in it."""
     with Feed(**ARGUMENTS, dtype="float16", tail="pad") as feed, Feed(**ARGUMENTS) as other:
         dataset = feed.torch(fields=["sample_ids", "valid", "sample_keys", "present", "images"])
         for batch, (ids, valid, keys, present, images) in zip(other.epoch(), dataset, strict=True):
@@ -101,8 +101,8 @@ def test_fields_say_which_sample_is_behind_a_row() -> None:
             assert keys.dtype == torch.uint8 and np.array_equal(keys.numpy(), batch.sample_keys)
             assert images.dtype == torch.float16 and np.array_equal(images.numpy(), batch.images.astype(np.float16))
     with Feed(batch_size=4, limit=4) as feed:
-        [(images, masks)] = list(feed.torch())
-        assert images.shape == (4, 64, 64) and masks is None
+        [(images,)] = list(feed.torch())
+        assert images.shape == (4, 64, 64)
 
 
 def test_without_the_copy_tensors_hold_their_slot() -> None:
