@@ -7,8 +7,6 @@ alone: enough to see a loss fall and to measure Dice on a patient it never saw, 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -17,26 +15,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from studies import SCRATCH, own_catalog, synthetic_studies, within
 
 import loaderd
-from catalog import embedded, synthetic
 
 STEPS = 100
-SCRATCH = Path(".demo")
 Floats = NDArray[np.float32]
 
 
 def main() -> None:
     """Ingest, show, train, audit."""
     begun = time.monotonic()
-    if "CATALOG_HOME" not in os.environ:  # beside the user's own catalog, not in it
-        home = embedded.default_home()
-        os.environ["CATALOG_HOME"] = str(home.with_name(home.name + "-demo"))
+    home = own_catalog("demo")
     folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else synthetic_studies()
-    say(f"catalog in {os.environ['CATALOG_HOME']}; studies in {folder}")
+    say(f"catalog in {home}; studies in {folder}")
     catalog("ingest", str(folder))
 
-    here = "starts_with(path, '" + str(folder).replace("'", "''") + "/')"
+    here = within(folder)
     rows = ask(
         f"SELECT patient, min(sample_id) AS sample_id, count(*) FROM sample WHERE structure = 'inner' AND {here} GROUP BY 1 ORDER BY 1"
     )
@@ -75,17 +70,6 @@ def main() -> None:
     )[0]
     say(f"audit of run {run}: " + ", ".join(f"{value} {name}" for name, value in audit.items()))
     say(f"done in {time.monotonic() - begun:.1f} s")
-
-
-def synthetic_studies() -> Path:
-    """Return a folder of synthetic studies, written at the first call."""
-    folder = (SCRATCH / "studies").resolve()
-    if not folder.exists():
-        unfinished = folder.with_suffix(".new")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        synthetic.write_studies(unfinished, patients=5, slices=8, phases=6)
-        unfinished.rename(folder)
-    return folder
 
 
 def measure(feed: loaderd.Feed, seconds: float = 2.0) -> tuple[int, float]:

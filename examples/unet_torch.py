@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,14 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from studies import SCRATCH, catalog, own_catalog, studies, within
 from torch import Tensor, nn
 from torch.nn import functional
 
 import loaderd
-from catalog import embedded, synthetic
 
-DATA = Path(os.environ.get("SCANFEED_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
-SCRATCH = Path(".demo")
 FED = {"structures": ["inner"], "size": (128, 128), "fit": "crop", "channels": "first"}  # px of the middle, where the heart is
 CHANGES = [  # one patient is few
     {"name": "rotate", "limit": 180, "fill": "reflect"}, {"name": "scale", "limit": (-0.2, 0.33)}, {"name": "shift", "limit": 0.06},
@@ -48,9 +44,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=SCRATCH / "unet.pt")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the batches; torchrun starts them")
     arguments = parser.parse_args()
-    if "CATALOG_HOME" not in os.environ:  # beside the user's own catalog, not in it
-        home = embedded.default_home()
-        os.environ["CATALOG_HOME"] = str(home.with_name(home.name + "-unet"))
+    own_catalog("unet")
     if arguments.ranks > 1 and "RANK" not in os.environ:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)]
         os.execv(sys.executable, [*torchrun, __file__, *sys.argv[1:]])
@@ -181,34 +175,12 @@ def prepare() -> None:
     catalog("ingest", str(folder))
     if len(catalog("sql", "--csv", "SELECT name FROM split WHERE name = 'unet'").splitlines()) > 1:
         return
-    query = f"SELECT DISTINCT patient FROM sample WHERE structure = 'inner' AND starts_with(path, '{folder}/') ORDER BY 1"
+    query = f"SELECT DISTINCT patient FROM sample WHERE structure = 'inner' AND {within(folder)} ORDER BY 1"
     patients = catalog("sql", "--csv", query).splitlines()[1:]
     SCRATCH.mkdir(exist_ok=True)
     split = SCRATCH / "split.csv"
     split.write_text("patient,part\n" + "".join(f"{name},{'val' if name == patients[-1] else 'train'}\n" for name in patients))
     catalog("split", "import", "unet", str(split))
-
-
-def studies() -> Path:
-    """Return the folder of the real studies, or of synthetic ones, written at the first call."""
-    real = (DATA / "sunnybrook" / "final_data").resolve()
-    if real.is_dir():
-        return real
-    folder = (SCRATCH / "studies").resolve()
-    if not folder.exists():
-        unfinished = folder.with_suffix(".new")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        synthetic.write_studies(unfinished, patients=5, slices=8, phases=6)
-        unfinished.rename(folder)
-    return folder
-
-
-def catalog(*arguments: str) -> str:
-    """Run a command of the catalog; returns what it printed."""
-    done = subprocess.run([sys.executable, "-m", "catalog.cli", *arguments], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
 
 
 def mean_of_ranks(loss: Tensor) -> float:

@@ -257,6 +257,7 @@ def test_under_lightning(tmp_path: Path) -> None:
 EXAMPLE = """
 import importlib.util, json, os, signal, sys
 from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
 spec = importlib.util.spec_from_file_location("unet_torch", sys.argv[1])
 unet = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(unet)
