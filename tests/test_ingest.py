@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
@@ -779,6 +780,23 @@ def test_interrupted(three: Path, conn: Conn, tmp_path: Path, take_in: Callable[
     summary = take_in(three)
     assert summary.files_read == 66 - done
     assert ask(conn, "SELECT state FROM ingest_run ORDER BY id DESC LIMIT 1") == [("finished",)]
+
+
+def test_ctrl_c_waits_until_a_reader_has_begun() -> None:
+    """Ctrl-C that another thread takes, as those of NumPy's BLAS do, interrupts no half started process: it comes when that has begun."""
+    over, begun = threading.Event(), False
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), reading._undisturbed():
+            assert other.ident is not None
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            time.sleep(0.1)
+            begun = True
+    finally:
+        over.set()
+        other.join()
+    assert begun
 
 
 def test_two_at_once(three: Path, conn: Conn, tmp_path: Path) -> None:
