@@ -107,6 +107,7 @@ class Daemon:
         self._stopping = False
         self._attached = False
         self._streams = 0
+        self._full = False  # said that no descriptor is left
         path.unlink(missing_ok=True)
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         old = os.umask(0o177)
@@ -231,18 +232,25 @@ class Daemon:
     def _accept(self) -> None:
         try:
             while True:
-                sock, _ = self.listening.accept()
+                # Who is let in takes two descriptors, a socket and its process's: with one left alone they would be hung up on.
+                spare = os.dup(self._wake)
+                try:
+                    sock, _ = self.listening.accept()
+                finally:
+                    os.close(spare)
                 self._welcome(sock)
         except BlockingIOError:
-            pass
+            self._full = False
         except OSError as error:  # no descriptor is left: whoever waits is let in when somebody left
-            say("cannot accept", error=error)
+            if not self._full:
+                say("cannot accept", error=error)
+            self._full = True
             time.sleep(0.01)  # since the loop calls this again at once
 
     def _welcome(self, sock: socket.socket) -> None:
         try:
             pid, uid, pidfd = messages.peer_pidfd(sock)
-        except OSError:  # gone already
+        except OSError:  # gone already; or another thread took the last descriptor, and who came tries again
             sock.close()
             return
         known = uid in (os.getuid(), 0) or (self.group is not None and self.group in messages.peer_groups(sock))
