@@ -39,7 +39,7 @@ import psycopg
 import pydicom
 from psycopg import sql
 
-from catalog import embedded, ingest, layouts, measuring, reading
+from catalog import embedded, ingest, layouts, measuring, processes, reading
 from catalog.database import Database, open_database
 from catalog.records import Frame, Instance
 
@@ -443,7 +443,7 @@ def synthesised(path: Path, entry: layouts.Entry, hashing: reading.Hashing) -> t
 
 def begin_synthesis() -> None:
     """Have a reading process make up what it should read."""
-    reading._begin_reading()
+    processes._begin()
     reading._read_dicom = synthesised
 
 

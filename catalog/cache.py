@@ -240,8 +240,7 @@ class Cache:
                         os.close(fd)
                         return None
                     self._checked[key] = identity
-                # Set, because a file system mounted noatime keeps no such time; what was written when stays.
-                os.utime(fd, ns=(time.time_ns(), found.st_mtime_ns))
+                _used(fd)
             except BaseException:
                 os.close(fd)
                 raise
@@ -270,6 +269,7 @@ class Cache:
             with self._errors():
                 self._make_room(part.name, entry.size)
                 ready = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+                _used(ready)
                 part.rename(self.folder / key)
                 self._checked[key] = _identity(os.fstat(ready))
         except BaseException:
@@ -371,6 +371,15 @@ def _agrees(fd: int, key: str, size: int) -> bool:
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _used(fd: int) -> None:
+    """Note that an entry is used now, and leave when it was written.
+
+    Set, because a file system mounted noatime keeps no such time, and before Linux 6.13 others count it in ticks: entries of one
+    tick would be evicted by their names.
+    """
+    os.utime(fd, ns=(time.time_ns(), os.fstat(fd).st_mtime_ns))
 
 
 def _is_file(fd: int, path: Path) -> bool:

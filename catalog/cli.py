@@ -206,11 +206,11 @@ def patient_pseudonym(
 
 @app.command()
 def where(
-    tokens: Annotated[list[str], typer.Argument(metavar="TOKEN…", help="As `catalog errors`, `pair list` and others show them.")],
+    tokens: Annotated[list[str], typer.Argument(metavar="TOKEN…", help="As `root list`, `errors`, `flag list` (file:3) and others say.")],
     database: DatabaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where files of a pseudonymized catalog lie, and which names tokens stand for; only the owner, an ingest and a daemon may know."""
+    """Say where files and roots of a pseudonymized catalog lie, and which names tokens stand for; for the owner, an ingest and a daemon."""
     from catalog import places
 
     with open_database(database) as db, db.connect() as conn:
@@ -222,7 +222,7 @@ def where(
             if said is not None:
                 typer.echo(f"{token}: {said}")
     if unknown := [token for token, said in found if said is None]:
-        raise CatalogError(f"{', '.join(unknown)}: no file or name of this catalog stands behind it")
+        raise CatalogError(f"{', '.join(unknown)}: no file, root or name of this catalog stands behind it")
 
 
 def _pseudonyms(key: Path | None, dates: Dates | None, keep: list[str] | None) -> Pseudonyms | None:
@@ -287,6 +287,7 @@ def _look(place: Path | str, layout: str, options: dict[str, Any], as_json: bool
 
 
 def _ingest(db: Database, place: Path | str, as_json: bool, **how: Any) -> None:
+    from catalog import erased
     from catalog import ingest as ingesting
 
     with progress("reading files") as update:
@@ -296,9 +297,9 @@ def _ingest(db: Database, place: Path | str, as_json: bool, **how: Any) -> None:
     else:
         rate = f" ({summary.files_read / summary.seconds:.0f} files/s)" if summary.files_read else ", nothing new"
         typer.echo(
-            f"{summary.root}: layout {summary.layout}: {summary.images} images, {summary.annotations} annotations: "
-            f"{summary.paired} paired, {summary.proposed} proposed, {summary.unpaired} unpaired; {summary.masks} masks; "
-            f"{summary.standing_errors} errors; {summary.files_read} files read in {summary.seconds:.1f} s{rate}"
+            f"{summary.root}: layout {summary.layout}: {number(summary.images, 'image')}, {number(summary.annotations, 'annotation')}: "
+            f"{summary.paired} paired, {summary.proposed} proposed, {summary.unpaired} unpaired; {number(summary.masks, 'mask')}; "
+            f"{number(summary.standing_errors, 'error')}; {number(summary.files_read, 'file')} read in {summary.seconds:.1f} s{rate}"
         )
         for chosen in summary.chosen:
             typer.echo(f"  {chosen}")
@@ -308,9 +309,15 @@ def _ingest(db: Database, place: Path | str, as_json: bool, **how: Any) -> None:
         if summary.moved:
             typer.echo(f"{number(summary.moved, 'file')} moved within the root, and are known still")
         if summary.missing:
-            typer.echo(f"{summary.missing} files are gone and were marked missing")
+            typer.echo(f"{number(summary.missing, 'file')} {'is' if summary.missing == 1 else 'are'} gone, and now marked missing")
     if summary.standing_errors:
-        say(f"{summary.standing_errors} errors stand; see `catalog errors`")
+        stand = "error stands" if summary.standing_errors == 1 else "errors stand"
+        say(f"{summary.standing_errors} {stand}; see `catalog errors`")
+        with db.connect() as conn:
+            refused = erased.refused(conn, summary.root)
+        if refused:
+            whose = "is a file of a patient who was erased" if refused == 1 else "are files of patients who were erased"
+            say(f"{refused} of them {whose}: remove what is still on the disk, then ingest again")
         raise typer.Exit(3)
 
 

@@ -156,16 +156,20 @@ def _read(file: str) -> str:
         raise UsageError(f"-f {file}: is not UTF-8 text; save it so") from None
 
 
-@db_app.command("shell")
+@db_app.command("shell", context_settings={"allow_interspersed_args": False})
 def db_shell(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(help="A program to run in place of psql, such as pg_dump, with its arguments.", show_default=False),
+    ] = None,
     owner: Annotated[bool, typer.Option("--owner", help="With all rights of the catalog's owner, instead of those to read.")] = False,
     database: DatabaseUrl = None,
 ) -> None:
-    """Open psql on the catalog, under the login that cannot write."""
+    """Open psql, or another of PostgreSQL's programs, on the catalog, under the login that cannot write."""
     from catalog import shell
 
     with open_database(database) as db:
-        raise typer.Exit(shell.run(db, owner=owner))
+        raise typer.Exit(shell.run(db, command or (), owner=owner))
 
 
 @db_app.command("roles")

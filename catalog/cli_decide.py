@@ -107,14 +107,16 @@ def erase(
     if not erased.changed:
         typer.echo(f"the patient was erased already by {erased.actor} at {cell(erased.at)} (erasure {erased.id}): nothing changed")
         return
-    typer.echo(f"erased the patient (erasure {erased.id or '(new)'}): " + counted(erased.rows))
+    numbered = f" (erasure {erased.id})" if erased.id else ""  # a dry run has none
+    typer.echo(f"erased the patient{numbered}: {counted(erased.rows)}")
     if erased.kept_files:
         typer.echo(f"{number(erased.kept_files, 'file')} with images of others too stay in the catalog")
     for name, count in erased.snapshots.items():
         typer.echo(f"snapshot {name}: {number(count, 'sample')} taken out; the digest stays")
     print_seen(erased.seen)
     typer.echo(
-        "the files themselves, decoded copies in local caches and backups are not touched: remove them; an ingest refuses the files now"
+        "the files themselves, decoded copies in local caches and backups are not touched: remove them; an ingest refuses the files now, "
+        "and ends with exit code 3 as long as they are there"
     )
 
 

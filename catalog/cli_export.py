@@ -48,7 +48,8 @@ def export(
 ) -> None:
     """Write a snapshot's images and masks, for h5py or webdataset. Stop it at any time; the same command goes on where it ended.
 
-    What was erased or revoked is left out. Exit code 4: a sample's pixels are not those of the snapshot; it is named, the rest is written.
+    What was erased or revoked is left out. Exit code 4: a sample's pixels are not those of the snapshot; it is named, and only what is
+    written with it waits: its shard, or its 64 rows of an HDF5 file.
     """
     from catalog import exporting
 
@@ -60,6 +61,9 @@ def export(
         say("dry run: nothing was written; this is what would be")
     if as_json:
         print_json({**asdict(done), "problems": [one._asdict() for one in done.problems]})
+    elif done.problems:
+        place = f"{done.path}.part" if to is To.HDF5 else done.path
+        typer.echo(f"{place}: unfinished: {done.written} of {number(done.samples, 'sample')} written")
     else:
         shapes = f"{len(done.shapes)} shapes" if len(done.shapes) > 1 else next(iter(done.shapes))
         what = f"{number(done.samples, 'sample')} of {number(done.patients, 'patient')} ({shapes}, {dtype.value})"

@@ -51,7 +51,8 @@ def runs_show(run: RunNumber, database: DatabaseUrl = None, as_json: AsJson = Fa
     )
     if found["undone"]:
         typer.echo(f"  undone {cell(found['undone'])}")
-    typer.echo("  brought, and there still: " + counted(found["brought"]))
+    # JSON calls them files, images, annotations; here the count says how many.
+    typer.echo("  brought, and there still: " + counted({name.removesuffix("s"): count for name, count in found["brought"].items()}))
     for error in found["by_code"]:
         more = ", …" if error["files"] > len(error["paths"]) else ""
         typer.echo(f"  {number(error['files'], 'error')} {error['stage']}: {error['code']}: {error['remedy']}")

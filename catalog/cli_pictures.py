@@ -81,7 +81,8 @@ def gallery(
     with open_database(database) as db, progress("drawing images") as update:
         chosen = galleries.choose(db, where=where, sample=sample, seed=seed, limit=limit or MOST[kind], images=images)
         cards, inside = galleries.cards(db, chosen.ids)
-        title = f"{number(len(cards), 'sample')} of {chosen.fitting}, worst first" + (f"; at random, seed {seed}" if sample else "")
+        taken = f" at random (seed {seed})" if sample else ""
+        title = f"{number(len(cards), 'sample')} of {chosen.fitting}{taken}, worst first"
         if kind == "folder":
             problems = gallery_page.write_folder(output, cards, inside, title=title, processes=jobs, progress=update)
         elif kind == ".html":
@@ -116,7 +117,7 @@ def plot(
     jobs: Jobs = None,
     database: DatabaseUrl = None,
 ) -> None:
-    """Plot what somebody drew: areas in mm² along slices and phases, distributions, or intensities and the Dice that thresholds reach.
+    """Plot what somebody drew: areas in mm² along slices and phases, their spread, or intensities and the Dice that thresholds reach.
 
     Needs the extra `plots`; with the extra `derive` what `catalog threshold` would propose is judged, too.
     """

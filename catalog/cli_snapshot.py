@@ -64,7 +64,7 @@ def snapshot_create(
         typer.Option(help="What comes from there alone; again for more. By default contour, segment and label.", show_default=False),
     ] = None,
     include_flagged: Annotated[bool, typer.Option("--include-flagged", help="Also samples with an open error.")] = False,
-    require: Annotated[Require, typer.Option(help="Of several structures: samples that have any of them, or all.")] = Require.ANY,
+    require: Annotated[Require, typer.Option(help="Of several structures: samples that have any, or (as of a Feed) all.")] = Require.ANY,
     images: Annotated[bool, typer.Option("--images", help="Every image, drawn on or not.")] = False,
     actor: Actor = None,
     dry_run: DryRun = False,

@@ -173,6 +173,9 @@ def _print_dealt(done: splits.Dealt, dry_run: bool, as_json: bool) -> None:
         _print_tied(done.tied)
     if empty := [one.name for one in done.shown.parts if not one.patients]:
         say(f"nobody is in {' and '.join(empty)}: there are too few patients for these ratios")
+    if empty := [one.name for one in done.shown.folds if not one.patients]:
+        few, said = len(empty) == 1, ", ".join(empty[:SHOWN]) + (", …" if len(empty) > SHOWN else "")
+        say(f"nobody is in {'fold' if few else 'folds'} {said}: there are too few patients for {len(done.shown.folds)} folds")
     if done.unhashed:
         _say_unhashed(done.unhashed)
     if done.sharing and done.unmeasured:

@@ -36,7 +36,7 @@ from catalog.errors import CatalogError, DatabaseError, DriftError, UsageError
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-SCHEMA_VERSION = "0007"  # the newest revision under migrations/versions; a test holds them equal
+SCHEMA_VERSION = "0008"  # the newest revision under migrations/versions; a test holds them equal
 OLDEST_SERVER = 15  # NULLS NOT DISTINCT (unique rows with missing values) came with 15
 SQL_TIMEOUT_S = 60
 EMBEDDED_DATABASE = "catalog"

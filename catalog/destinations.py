@@ -74,12 +74,13 @@ class Folder:
         if todo and not (self.place / f"{MANIFEST}.part").is_file():
             (self.place / MANIFEST).unlink(missing_ok=True)  # shards were taken away
             new = self.place / f".{MANIFEST}.new"
-            with new.open("w") as file:
-                json.dump(self.plan.manifest, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.place / f"{MANIFEST}.part")
+            with naming(self.place):
+                with new.open("w") as file:
+                    json.dump(self.plan.manifest, file, indent=1)
+                    file.write("\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                new.replace(self.place / f"{MANIFEST}.part")
         return todo
 
     def task(self, places: Numbers, samples: Sequence[Sample]) -> Shard:
@@ -125,11 +126,13 @@ class File:
         self.place.parent.mkdir(parents=True, exist_ok=True)
         if not self._part.exists():
             new = self.place.with_name(f".{self.place.name}.{os.getpid()}.new")
-            try:
-                self._make(new)
-                new.replace(self._part)
-            finally:
-                new.unlink(missing_ok=True)
+            with naming(self.place):
+                new.touch()  # h5py says no file's name, and no reason
+                try:
+                    self._make(new)
+                    new.replace(self._part)
+                finally:
+                    new.unlink(missing_ok=True)
         self._fd = _locked(self._part, stack)
         for left in self.place.parent.glob(f".{glob.escape(self.place.name)}.*.new"):  # of one that was killed
             left.unlink(missing_ok=True)
@@ -203,6 +206,17 @@ class File:
 
     def _group(self, shape: tuple[int, int]) -> str:
         return "/" if len(self.plan.shapes) == 1 else f"{shape[0]}x{shape[1]}"
+
+
+@contextlib.contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Let what the system refuses of a file that is still unfinished be said of the place that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(place)) from None
 
 
 def _locked(path: Path, stack: contextlib.ExitStack) -> int:

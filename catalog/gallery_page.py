@@ -24,7 +24,7 @@ from catalog.gallery import Card, Layer, Made, Region, made, palette
 from catalog.lettering import one_line
 from catalog.marks import Mark
 from catalog.overlay import colours_for
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.viewing import View
 
 TEMPLATE = Path(__file__).with_name("gallery.html")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -23,18 +22,18 @@ from typing import Any
 
 import psycopg
 
-from catalog import __version__, erased, files, images, layouts, overlaps, pairings, places, pseudonyms, remote
+from catalog import erased, files, images, layouts, overlaps, pairings, places, pseudonyms, remote
 from catalog.database import Database, explain
 from catalog.errors import CatalogError
 from catalog.flags import person
+from catalog.ingest_run import Run
 from catalog.layouts import Annotation, Found, Image, choosing
+from catalog.processes import Progress
 from catalog.pseudonyms import Pseudonyms
-from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Progress, Read, Refused, Result, read_all
+from catalog.reading import TASKS_AT_ONCE, Hashing, NotPart, Read, Refused, Result, read_all
 from catalog.roots import LOCK_CLASS
 
 FILES_PER_COMMIT = 5_000
-
-LAST_RUN = "SELECT id, state FROM ingest_run WHERE root_id = %s ORDER BY id DESC LIMIT 1"
 
 # Files that could not be read are tried again where neither their size nor their time must change for it: a right was given, a decoder
 # installed, a disk came back. What is damaged is read again once it changes, or by `catalog runs retry`.
@@ -43,23 +42,6 @@ SELECT f.path, g.detail FROM flag g JOIN file f ON f.id = g.file_id
 WHERE f.root_id = %(root)s AND g.state = 'open' AND g.raised_by <> 'measure' AND (g.rule = 'FEED-UNREADABLE'
     OR g.rule = 'FILE-UNREADABLE' AND (%(all)s OR split_part(g.detail, ': ', 1) IN ('no-access', 'no-decoder', 'reader-died',
         'reader-failed', 'cache-full', 'changed')))
-"""
-
-# What ingests found and what is still so, whenever it was found; what is wrong with the tree itself comes from the tree.
-STANDING = """
-SELECT f.path, 'read' AS stage, split_part(g.detail, ': ', 1) AS code, substring(g.detail FROM position(': ' IN g.detail) + 2) AS message
-FROM flag g JOIN file f ON f.id = g.file_id
-WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error' AND g.raised_by = 'ingest'
-UNION ALL
-SELECT f.path, CASE split_part(g.rule, '-', 1) WHEN 'PAIR' THEN 'pair' WHEN 'MASK' THEN 'mask' ELSE 'read' END, lower(g.rule), g.detail
-FROM flag g LEFT JOIN pairing p ON p.id = g.pairing_id
-JOIN annotation a ON a.id = coalesce(g.annotation_id, p.annotation_id) JOIN file f ON f.id = a.file_id
-WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error' AND g.raised_by = 'ingest'
-UNION ALL
-SELECT f.path, 'read', lower(g.rule), g.detail
-FROM flag g JOIN location l ON l.image_id = g.image_id AND l.preferred JOIN file f ON f.id = l.file_id
-WHERE f.root_id = %(root)s AND g.state = 'open' AND g.severity = 'error' AND g.raised_by = 'ingest'
-ORDER BY 1, 2, 3, 4
 """
 
 
@@ -198,6 +180,8 @@ def ingest(
                     read_all(str(folder), todo, hashing=hashing, jobs=jobs, executor=executor, at_once=at_once, progress=progress)
                 ) as results:
                     _ingest(conn, run, found, summary, wanted, results if names is None else map(names.result, results), gone)
+            # The session, and its locks with it, ends a moment after it is closed: who comes right behind an ingest would be refused.
+            conn.execute("SELECT pg_advisory_unlock(%s, %s)", [LOCK_CLASS, root_id])
     except psycopg.Error as error:
         raise explain(error, database) from error
     summary.seconds = round(time.monotonic() - begun, 3)
@@ -214,88 +198,6 @@ def _without_collector() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-class Run:
-    """The row of ``ingest_run``, written only once there is something to say."""
-
-    def __init__(
-        self,
-        conn: psycopg.Connection[Any],
-        root_id: int,
-        layout: str,
-        found: Found,
-        hashing: Hashing,
-        url: str,
-        names: Pseudonyms | None,
-    ) -> None:
-        self.conn, self.root_id, self.layout, self.hashing = conn, root_id, layout, hashing
-        self.url, self.names = url, names  # the root's folder as the catalog has it
-        self.files_seen = len(found.images) + len(found.annotations)
-        self.problems = sorted({(problem.path, problem.code, problem.message) for problem in found.problems})
-        self.files_read = self.fell_back = self.moved = 0
-        self.unreadable: dict[str, str] = {}  # path → what was found when it was last tried
-        self.known: set[str] = set()  # paths of files to read that have a row
-        self._id: int | None = None
-        self._noted: set[tuple[str, str, str, str]] = set()
-
-    @property
-    def actor(self) -> str:
-        """Who decides pairings in this run."""
-        return f"layout:{self.layout}"
-
-    @property
-    def id(self) -> int:
-        """The row's id; inserts the row at the first call."""
-        if self._id is None:
-            # Only one ingest of a root runs at a time, so a row that still says running was killed.
-            self.conn.execute("UPDATE ingest_run SET state = 'interrupted' WHERE root_id = %s AND state = 'running'", [self.root_id])
-            row = self.conn.execute(
-                "INSERT INTO ingest_run (root_id, layout, program_version, host, files_seen, hash) VALUES (%s, %s, %s, %s, %s, %s) "
-                "RETURNING id",
-                [self.root_id, self.layout, __version__, socket.gethostname(), self.files_seen, self.hashing],
-            ).fetchone()
-            assert row is not None
-            self._id = int(row[0])
-            for path, code, message in self.problems:
-                self.refuse(path, "find", code, message)
-        return self._id
-
-    def refuse(self, path: str, stage: str, code: str, message: str) -> None:
-        """Note an error, once a run; it becomes durable with the caller's transaction."""
-        if (path, stage, code, message) not in self._noted:
-            self.conn.execute(
-                "INSERT INTO ingest_error (ingest_run_id, path, stage, code, message) VALUES (%s, %s, %s, %s, %s)",
-                [self.id, path, stage, code, message],
-            )
-            self._noted.add((path, stage, code, message))
-
-    def note_standing(self) -> int:
-        """Return how many errors stand. A run that has a row lists them all, also those that an earlier one found."""
-        standing = [
-            *self.conn.execute(STANDING, {"root": self.root_id}),
-            *((path, "find", code, text) for path, code, text in self.problems),
-        ]
-        if self._id is not None:
-            for error in standing:
-                self.refuse(*error)
-        return len(standing)
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.conn.closed:
-            return
-        self.conn.rollback()  # of what was being written when an error came; a finished ingest has committed
-        if self._id is None:
-            return
-        state = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        self.conn.execute(
-            "UPDATE ingest_run SET state = %s, finished_at = now(), files_read = %s, errors = %s, fell_back = %s WHERE id = %s",
-            [state, self.files_read, len(self._noted), self.fell_back, self._id],
-        )
-        self.conn.commit()
 
 
 def _differing(
@@ -334,7 +236,7 @@ def _ingest(
     results: Iterable[Result],
     gone: dict[int, list[str]],
 ) -> None:
-    again = _last_differs(conn, run)
+    again = run.last_differs()
     if again or gone:
         run.id  # noqa: B018  a run of its own, also when all that changed is that something is gone
     while batch := list(islice(results, FILES_PER_COMMIT)):
@@ -364,15 +266,6 @@ def _ingest(
         run.names.write_names(conn)
     conn.commit()
     _count(conn, run, summary)
-
-
-def _last_differs(conn: psycopg.Connection[Any], run: Run) -> bool:
-    """Was the last run cut short, or is something else wrong with the tree than then?"""
-    last = conn.execute(LAST_RUN, [run.root_id]).fetchone()
-    if last is None or last[1] != "finished":
-        return last is not None or bool(run.problems)
-    rows = conn.execute("SELECT path, code, message FROM ingest_error WHERE stage = 'find' AND ingest_run_id = %s", [last[0]])
-    return run.problems != sorted(rows.fetchall())
 
 
 def _root(conn: psycopg.Connection[Any], folder: str, name: str | None, names: Pseudonyms | None) -> tuple[int, str]:

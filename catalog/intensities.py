@@ -18,7 +18,7 @@ from catalog.database import Database
 from catalog.errors import FileError, UsageError
 from catalog.inside import Method
 from catalog.plots import MOST_SERIES, Row, bars, legend_name, palette
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.viewing import View
 from catalog.workers import mapped
 

@@ -25,7 +25,7 @@ from catalog.between import Method, Outline, between, can, needed
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 from catalog.flags import person, transaction
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.records import Segment, segment
 from catalog.selection import DRAWN, conditions
 
@@ -190,7 +190,8 @@ def interpolate(
         progress: Called with (masks made, of how many).
 
     Raises:
-        CatalogError: If the structure was never drawn, an ingest is running, or SciPy is missing where `shape` needs it.
+        UsageError: If there is no such structure, or a limit is no positive number.
+        CatalogError: If nobody drew the structure, an ingest is running, or SciPy is missing where `shape` needs it.
     """
     if not all(np.isfinite(widest) and widest > 0 for widest in (widest_mm, widest_ms)):
         raise UsageError("--widest-mm and --widest-ms: are positive numbers")
@@ -201,6 +202,9 @@ def interpolate(
     with transaction(database, dry_run=dry_run) as conn:
         row = conn.execute(STRUCTURE, {"structure": structure, "drawn": list(DRAWN)}).fetchone()
         if row is None:
+            names = [one for (one,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
+            if structure not in names:
+                raise UsageError(f"structure {structure!r}: there is none of this name; there are {', '.join(names) or 'none'}")
             raise CatalogError(f"structure {structure!r}: nobody drew any, so nothing lies between; see `catalog status`")
         structure_id, root_ids = row
         roots.alone(conn, root_ids)

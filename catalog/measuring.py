@@ -25,7 +25,7 @@ from catalog import images, places, terms
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError
 from catalog.nearness import near_hash
-from catalog.reading import Progress, processes
+from catalog.processes import Progress, processes
 from catalog.roots import LOCK_CLASS
 from catalog.statistics import Statistics, pixel_hash_of, statistics
 
@@ -295,7 +295,7 @@ def _outcomes(tasks: Iterator[list[Item]], total: int, jobs: int | None) -> Gene
     running: dict[Future[list[Outcome]], list[Item]] = {}
     task = next(tasks, None)
     while task is not None:
-        with processes(jobs, total) as pool:
+        with processes(jobs, -(-total // IMAGES_PER_TASK)) as pool:
             try:
                 while task is not None or running:
                     while task is not None and len(running) < TASKS_AT_ONCE:

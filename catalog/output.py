@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -125,6 +126,11 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+# What these did stays, and they go on from there; others begin anew.
+RESUMED = ("catalog ingest", "catalog measure", "catalog export", "catalog runs retry")
+# What pydantic puts around a reason, with which newer Typers read values.
+PYDANTIC = re.compile("Value error, |, unable to parse string as an? [a-z]+")
+
 # Typer exports neither, and since 0.16 carries a click of its own.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -140,7 +146,9 @@ def run(command: typer.Typer, name: str) -> None:
         typer.echo(f"{name}: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo(f"{name}: interrupted; the same command goes on where this one ended", err=True)
+        resumed = f"{' '.join([name, *sys.argv[1:3]])} ".startswith(tuple(f"{one} " for one in RESUMED))
+        then = "the same command goes on where this one ended" if resumed else "run the same command again"
+        typer.echo(f"{name}: interrupted; {then}", err=True)
         sys.exit(130)
     except BrokenPipeError:  # `catalog sql … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -151,5 +159,8 @@ def run(command: typer.Typer, name: str) -> None:
         sys.exit(1)
     except _ClickException as error:
         if message := error.format_message().rstrip("."):  # type: ignore[attr-defined] # empty: help was printed
-            typer.echo(f"{name}: {message}; see `{name} --help`", err=True)
+            context = getattr(error, "ctx", None)
+            path = name if context is None else context.command_path
+            line = PYDANTIC.sub("", " ".join(message.split())).replace(": Input should ", ": must ")
+            typer.echo(f"{name}: {line}; see `{path} --help`", err=True)
         sys.exit(2)

@@ -114,7 +114,7 @@ def overlay(
     if zoom:
         shown.append(windowed(image, np.s_[zoom.y0 : zoom.y0 + zoom.rows, zoom.x0 : zoom.x0 + zoom.columns]))
         about += f"; right: {shown[1][1]}, 1 image pixel is {zoom.scale[0]:.3g} × {zoom.scale[1]:.3g} px"
-    about += "; interpolated" if spacing_mm is not None else "; interpolated; pixel spacing unknown, so no scale bar"
+    about += "; scaled smoothly" if spacing_mm is not None else "; scaled smoothly; pixel spacing unknown, so no scale bar"
     lines = [(INK, line) for text in caption for line in wrapped(text, width - 2 * MARGIN)]
     lines += [(DIM, line) for line in wrapped(about, width - 2 * MARGIN)]
     for severity, text in findings:

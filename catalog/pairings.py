@@ -20,7 +20,7 @@ from catalog.reading import Read
 from catalog.records import Drawn
 
 if TYPE_CHECKING:
-    from catalog.ingest import Run
+    from catalog.ingest_run import Run
 
 MASKS_PER_COMMIT = 1_000
 # A mask further than both from its polygon's area is worth a look; on the real contours they differ by 9 px and 1.2 % at most.

@@ -15,9 +15,11 @@ from catalog.errors import CatalogError
 
 REVEAL = """
 SELECT p.url || '/' || p.path FROM file f JOIN root r ON r.id = f.root_id JOIN place p ON p.file_id = f.id
-WHERE f.path = %(token)s OR r.name || '/' || f.path = %(token)s
+WHERE f.path = %(token)s OR r.name || '/' || f.path = %(token)s OR 'file:' || f.id = %(token)s
 UNION ALL
-SELECT n.name FROM {}.name n WHERE n.token = %(token)s OR %(token)s IN (SELECT r.name || '/' || n.token FROM root r) LIMIT 1
+SELECT u.url FROM root r JOIN {0}.root_url u ON u.root_id = r.id WHERE r.url = %(token)s
+UNION ALL
+SELECT n.name FROM {0}.name n WHERE n.token = %(token)s OR %(token)s IN (SELECT r.name || '/' || n.token FROM root r) LIMIT 1
 """
 STAGED_URL = "CREATE TEMP TABLE IF NOT EXISTS staged_url (root_id bigint, url text) ON COMMIT DELETE ROWS"
 
@@ -41,7 +43,7 @@ def urls(conn: psycopg.Connection[Any]) -> dict[int, str]:
 
 
 def revealed(conn: psycopg.Connection[Any], tokens: Iterable[str]) -> list[tuple[str, str | None]]:
-    """Return what tokens of files (with or without their root's name and /) and of names stand for; None: nothing that is known.
+    """Return what tokens of files (with or without their root's name and /, or file:ID), of roots and names stand for; None: nothing.
 
     Raises:
         CatalogError: If who asks may not know.

@@ -20,7 +20,7 @@ from catalog.database import Database, explain
 from catalog.errors import CatalogError, UsageError
 from catalog.gallery import WHERE
 from catalog.lettering import one_line
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.selection import DRAWN, checked
 
 MOST_SERIES = 8  # panels of one plot

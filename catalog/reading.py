@@ -9,37 +9,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
-from catalog import header, pixels, remote
+from catalog import header, pixels, remote, staged
 from catalog.errors import CatalogError, FileError
 from catalog.layouts import Annotation, Entry, Image
-from catalog.records import Drawn, Frame, Instance, polygon
+from catalog.processes import Progress, end_after, processes
+from catalog.records import Drawn, Instance, polygon
 
 FILES_PER_TASK = 32  # small enough for an even end, large enough that the executor's own work a task is little beside reading them
 TASKS_AT_ONCE = 128  # 4,096 files: about what is read while the writer writes 5,000; with 512 the readers ran out of work
 LONGEST_UID = 1_000  # characters; far beyond PS3.5 9.1, since UIDs are kept as found, and within what PostgreSQL indexes
-LONGEST_MM = 1e9
 # After that the alarm ends the process, and the file is refused as one that kills its reader: a decoder in C may look for ever for the end
 # of a damaged codestream (pylibjpeg did, with two bytes of a JPEG-LS frame changed).
 PATIENCE_S = 300
 WHOLE = 64 * 1024 * 1024  # bytes of a file that are read at once
 HEAD = 65_536  # bytes that --hash head takes: the header of nearly every DICOM file and the first pixels
-FRAME_COLUMNS = 20  # of staged: those that a frame has of its own
 
 Hashing = Literal["full", "head", "none"]
 
@@ -102,86 +96,6 @@ class NotPart:
 
 
 Result = Read | Refused | NotPart
-Progress = Callable[[int, int], None]
-
-
-class _Readers(ProcessPoolExecutor):
-    """Reading processes, started as they are needed: never by fork, as this process has a libpq connection and may have threads."""
-
-    def __init__(self, jobs: int) -> None:
-        super().__init__(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_reading)
-
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        # A process that starts now finds no script to run again, so one that ingests needs no main guard, and what a command imports is
-        # not imported once more (0.5 s). It inherits that Ctrl-C is for the writer alone, from its first line on.
-        with _undisturbed():
-            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-            try:
-                return super().submit(*args, **kwargs)
-            finally:
-                sys.modules["__main__"] = main
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Have Ctrl-C wait until the block is through: a process half started would be one that nobody ends, and would say so on stderr.
-
-    To block the signal here is for the processes and threads that begin meanwhile, which inherit that. Another thread that does not
-    block it, such as those of NumPy's BLAS, still takes it, and Python then interrupts this one all the same.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    came = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-
-    handled = callable(before) and threading.current_thread() is threading.main_thread()
-    if handled:
-        signal.signal(signal.SIGINT, note)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-    try:
-        yield
-    finally:
-        if blocked is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if handled:
-            signal.signal(signal.SIGINT, before)
-        if came and callable(before):
-            before(signal.SIGINT, None)
-
-
-@contextlib.contextmanager
-def processes(jobs: int | None, files: int) -> Iterator[Executor]:
-    """Have reading processes, at most one a task; whatever ends the context ends them."""
-    with _undisturbed():
-        pool = _Readers(max(1, min(jobs or os.cpu_count() or 1, -(-files // FILES_PER_TASK))))
-    try:
-        yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()  # Ctrl-C ends within a second, whatever is being read
-        # Not without waiting: at its exit Python would wake the executor's thread through a pipe that this one may just be closing.
-        pool.shutdown(cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-_alone = False  # in a reading process
-
-
-def _begin_reading() -> None:
-    global _alone  # noqa: PLW0603  what an initializer leaves to its process
-    _alone = hasattr(signal, "setitimer")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the writer decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A writer killed by -9 cannot stop its readers, and they would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
 
 
 def read_all(
@@ -207,7 +121,7 @@ def read_all(
             yield result
 
     while tasks:
-        with contextlib.nullcontext(executor) if executor else processes(jobs, len(todo) - read) as pool:
+        with contextlib.nullcontext(executor) if executor else processes(jobs, len(tasks)) as pool:
             try:
                 while tasks or running:
                     while tasks and len(running) < at_once:
@@ -269,8 +183,7 @@ def read_files(folder: str, items: Sequence[Image | Annotation], hashing: Hashin
 
 
 def _read(folder: str, item: Image | Annotation, hashing: Hashing) -> Result:
-    if _alone:
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+    end_after(PATIENCE_S)
     try:
         # Half of a file can look whole: a contour has no end. As its row says how it was when it was found, it is read again next time.
         before = _stamp(folder, item.entry)
@@ -286,8 +199,7 @@ def _read(folder: str, item: Image | Annotation, hashing: Hashing) -> Result:
         failed = f"reading it failed with {type(error).__name__}; it is left out"
         return Refused(item.entry, _kind(item), item.format, "reader-failed", failed)
     finally:
-        if _alone:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        end_after(0)
 
 
 def _stamp(folder: str, entry: Entry) -> tuple[int, int] | None:
@@ -363,8 +275,8 @@ def _as_read(item: Image, found: Instance, content_hash: bytes | None, drawn: li
     own = found.patient_id.strip()
     patient = item.patient or own or found.study_instance_uid or item.entry.path.rpartition("/")[0] or item.entry.path
     other = bool(own and item.patient and own != item.patient)
-    lines = rows(item, found, patient)
-    return Read(item.entry, item.format, content_hash, lines, patient, len(found.frames), drawn, other_patient=other, fell_back=fell_back)
+    rows = staged.rows(item, found, patient)
+    return Read(item.entry, item.format, content_hash, rows, patient, len(found.frames), drawn, other_patient=other, fell_back=fell_back)
 
 
 def _read_dicom(path: Path, entry: Entry, hashing: Hashing) -> tuple[Instance, bool, bytes | None]:
@@ -403,59 +315,6 @@ def _hashed(found: header.Header, data: bytes) -> Instance | None:
             return None
         frames.append(replace(frame, pixel_hash=hashlib.sha256(stored).digest()))
     return replace(found.instance, frames=tuple(frames))
-
-
-def rows(item: Image, found: Instance, patient: str) -> bytes:
-    """Return a file's lines for ``COPY staged``."""
-    known = all(frame.pixel_hash is not None for frame in found.frames)
-    content = hashlib.sha256(b"".join(frame.pixel_hash or b"" for frame in found.frames)).digest() if known and found.frames else None
-    head = _line(
-        item.entry.path, patient, found.study_instance_uid, found.study_date, found.series_instance_uid, _int4(found.series_number),
-        found.modality, found.sop_instance_uid, found.sop_class_uid, _int4(found.instance_number), found.number_of_frames,
-        _int4(found.images_in_acquisition), content, found.frame_of_reference_uid, found.transfer_syntax_uid, found.coding,
-        found.burned_in_annotation, found.identity_removed, found.over_89, "{" + ",".join(f'"{tag}"' for tag in found.identifying) + "}",
-        found.gantry_tilt, found.other_meta_uid, found.surplus_bytes,
-    )  # fmt: skip
-    if not found.frames:
-        return (head + "\t\\N" * FRAME_COLUMNS + "\n").encode(errors="replace")
-    lines = []
-    for frame in found.frames:
-        own = _line(
-            frame.frame, frame.rows, frame.columns, frame.samples_per_pixel, frame.photometric, *_spacing(frame.pixel_spacing),
-            frame.image_position, frame.image_orientation, _mm(frame.position), _mm(frame.slice_thickness), frame.trigger_time, frame.slope,
-            frame.intercept, frame.modality_lut, frame.pixel_hash, frame.offset, frame.length if frame.dtype else None, frame.dtype,
-            _unchecked_bits(frame),
-        )  # fmt: skip
-        lines.append(f"{head}\t{own}\n")
-    return "".join(lines).encode(errors="replace")
-
-
-# What PostgreSQL's text format cannot hold as it is: NUL not at all, the others with a backslash.
-ESCAPED = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r", "\0": "\N{REPLACEMENT CHARACTER}"})
-
-
-def _line(*values: str | int | float | bool | bytes | tuple[float, ...] | None) -> str:
-    """Return values as a part of a line of ``COPY FROM`` in text format."""
-    parts = []
-    for value in values:
-        if isinstance(value, str):
-            parts.append(value.translate(ESCAPED))
-        elif value is None:
-            parts.append(r"\N")
-        elif isinstance(value, bytes):
-            parts.append(r"\\x" + value.hex())
-        elif isinstance(value, tuple):
-            parts.append("{" + ",".join(map(repr, value)) + "}")
-        else:
-            parts.append(repr(value))
-    return "\t".join(parts)
-
-
-def _unchecked_bits(frame: Frame) -> int | None:
-    """Return Bits Stored where the pixels were not looked at, and bits above it may be in use."""
-    if frame.dtype is None or frame.pixel_hash is not None or frame.bits_stored == 8 * int(frame.dtype[2:]):
-        return None
-    return frame.bits_stored
 
 
 def _read_annotation(folder: str, item: Annotation, hashing: Hashing) -> Read:
@@ -509,16 +368,3 @@ def _unopened(error: OSError) -> FileError:
     if isinstance(error, FileNotFoundError):
         return FileError("changed", "it was taken away before it was read; it is left out; ingest again")
     return FileError("no-access", f"{error.strerror}; it is left out; give read access, then ingest again")
-
-
-def _int4(value: int | None) -> int | None:
-    return value if value is not None and -(2**31) <= value < 2**31 else None
-
-
-def _mm(value: float | None) -> float | None:
-    # A damaged header's 1e300 mm would overflow in the views, and one such row would fail every query over all.
-    return value if value is not None and abs(value) < LONGEST_MM else None
-
-
-def _spacing(spacing: tuple[float, float] | None) -> tuple[float | None, float | None]:
-    return spacing if spacing and all(0 < value < LONGEST_MM for value in spacing) else (None, None)

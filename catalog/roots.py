@@ -13,7 +13,7 @@ from psycopg.rows import dict_row
 
 from catalog import places
 from catalog.database import Database
-from catalog.errors import CatalogError
+from catalog.errors import CatalogError, UsageError
 from catalog.flags import transaction
 from catalog.remote import is_url, opened
 
@@ -70,13 +70,14 @@ def move(database: Database, name: str, place: str, *, even_so: bool = False, dr
         even_so: Also if the files that are looked for there are not found.
 
     Raises:
-        CatalogError: If there is no such root, the place is no folder or another root's, or its files are not there.
+        UsageError: If there is no such root.
+        CatalogError: If the place is no folder or another root's, or its files are not there.
     """
     after = _place(place)
     with transaction(database, dry_run=dry_run) as conn:
         row = conn.execute("SELECT id, url FROM root WHERE name = %s FOR UPDATE", [name]).fetchone()
         if row is None:
-            raise CatalogError(f"root {name!r}: there is none of this name; see `catalog root list`")
+            raise UsageError(f"root {name!r}: there is none of this name; see `catalog root list`")
         root_id, before = row
         hidden = places.urls(conn)
         lay, said = hidden.get(root_id, before), "elsewhere" if hidden else after

@@ -17,7 +17,8 @@ from catalog import erasing, places, roots
 from catalog.database import Database
 from catalog.errors import CatalogError, UsageError
 from catalog.flags import transaction
-from catalog.ingest import STANDING, find
+from catalog.ingest import find
+from catalog.ingest_run import STANDING
 from catalog.layouts.choosing import ASKED
 from catalog.pairings import RETIRED
 from catalog.remote import is_url
@@ -85,12 +86,17 @@ def errors(conn: psycopg.Connection[Any], run: int | None = None) -> list[tuple[
     """Return (run, root, path, stage, code, message) of what a run noted; without one of what stands now, with each root's last run.
 
     What people decided since the last run is out of it; what is wrong with a tree itself is as the last run found it.
+
+    Raises:
+        UsageError: If there is no such run.
     """
     noted = (
         "SELECT e.ingest_run_id, r.name, e.path, e.stage, e.code, e.message FROM ingest_error e "
         "JOIN ingest_run i ON i.id = e.ingest_run_id JOIN root r ON r.id = i.root_id WHERE e.ingest_run_id = %s"
     )
     if run is not None:
+        if conn.execute("SELECT FROM ingest_run WHERE id = %s", [run]).fetchone() is None:
+            raise _unknown(run)
         return conn.execute(f"{noted} ORDER BY e.id", [run]).fetchall()
     found: list[tuple[int, str, str, str, str, str]] = []
     last = "SELECT r.id, r.name, max(i.id) FROM root r JOIN ingest_run i ON i.root_id = r.id GROUP BY r.id ORDER BY r.id"
@@ -104,7 +110,7 @@ def shown(database: Database, run: int) -> dict[str, Any]:
     """Return a run, what is there of what it brought, and its errors grouped by code, each with a remedy.
 
     Raises:
-        CatalogError: If there is no such run.
+        UsageError: If there is no such run.
     """
     with transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = _run(cursor, run)
@@ -119,7 +125,8 @@ def again(database: Database, run: int) -> tuple[str, str, str]:
     """Return (place, layout, hash) with which to ingest a run's root again: files that failed are tried again, others that differ.
 
     Raises:
-        CatalogError: If there is no such run, or it needs an option that is not kept.
+        UsageError: If there is no such run.
+        CatalogError: If it needs an option that is not kept.
     """
     with transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
         found = _run(cursor, run)
@@ -236,7 +243,8 @@ def undo(database: Database, run: int, *, dry_run: bool = False) -> Undone:
     """Take out what a run brought, in one transaction. The next ingest of its root brings it again.
 
     Raises:
-        CatalogError: If there is no such run, something of it was fed or later runs built on it, or an ingest of its root is running.
+        UsageError: If there is no such run.
+        CatalogError: If something of it was fed or later runs built on it, or an ingest of its root is running.
     """
     with transaction(database, dry_run=dry_run) as conn:
         row = conn.execute("SELECT root_id, started_at, undone_at FROM ingest_run WHERE id = %s FOR UPDATE", [run]).fetchone()
@@ -288,8 +296,8 @@ def _run(cursor: psycopg.Cursor[dict[str, Any]], run: int) -> dict[str, Any]:
     return found
 
 
-def _unknown(run: int) -> CatalogError:
-    return CatalogError(f"run {run}: there is no such run of `catalog ingest`; see `catalog runs list`")
+def _unknown(run: int) -> UsageError:
+    return UsageError(f"run {run}: there is no such run of `catalog ingest`; see `catalog runs list`")
 
 
 def _one(conn: psycopg.Connection[Any], query: str, parameters: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ from catalog.errors import FileError
 from catalog.gallery import Card, Region, palette
 from catalog.lettering import LINE_HEIGHT, cut, length, wrapped, write
 from catalog.overlay import SEVERITY, colours_for, draw_lines, frame, label_marks, tint
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.viewing import View
 from catalog.workers import mapped
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from catalog import viewing
 from catalog.database import Database
-from catalog.errors import CatalogError, FileError
+from catalog.errors import CatalogError, FileError, UsageError
 from catalog.overlay import Beside, overlay
 from catalog.viewing import Image, View
 
@@ -16,13 +16,14 @@ def picture(database: Database, sample_id: int, *, identify: bool = False) -> by
         identify: Say patient, readers and SOP Instance UID, too.
 
     Raises:
-        CatalogError: If there is no such image, or its pixels cannot be read.
+        UsageError: If there is no such image.
+        CatalogError: If its pixels cannot be read.
     """
     with database.connect() as conn:
         found = viewing.views(conn, [sample_id])
         inside = viewing.relations(conn)
     if not found:
-        raise CatalogError(f"sample {sample_id}: is not in the catalog; the view image_all lists what is")
+        raise UsageError(f"sample {sample_id}: is not in the catalog; the view image_all lists what is")
     return drawn(found[0], inside, identify=identify)
 
 

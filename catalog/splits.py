@@ -168,7 +168,8 @@ def extend(database: Database, name: str, *, actor: str | None = None, dry_run: 
     """Give a part to the patients that came since; those who have one stay.
 
     Raises:
-        CatalogError: If there is no such split, it is frozen, or was imported.
+        UsageError: If there is no such split.
+        CatalogError: If it is frozen, or was imported.
     """
     actor = person(actor)
     with transaction(database) as conn:
@@ -214,7 +215,7 @@ def freeze(database: Database, name: str, *, actor: str | None = None, dry_run: 
     """Freeze a split for good: nobody comes to it, moves or goes but who is erased. Returns it, and False if it was frozen already.
 
     Raises:
-        CatalogError: If there is no such split.
+        UsageError: If there is no such split.
     """
     actor = person(actor)
     with transaction(database, dry_run=dry_run) as conn:
@@ -235,7 +236,7 @@ def listed(database: Database) -> list[tuple[Split, int]]:
 
 
 def show(database: Database, name: str) -> Shown:
-    """Return a split and what lies where. Raises CatalogError if there is none."""
+    """Return a split and what lies where. Raises UsageError if there is none."""
     with transaction(database) as conn:
         found = _found(conn, name)
         return _shown(found, _patients(conn, found.id))
@@ -245,7 +246,7 @@ def check(database: Database, name: str | None = None) -> list[Checked]:
     """Return what is wrong with a split, or with each.
 
     Raises:
-        CatalogError: If there is no such split.
+        UsageError: If there is no such split.
     """
     with transaction(database) as conn:
         names = [name] if name is not None else [one for (one,) in conn.execute("SELECT name FROM split ORDER BY name")]
@@ -306,7 +307,7 @@ def _found(conn: psycopg.Connection[Any], name: str, *, lock: bool = False) -> S
         query = SPLITS + " WHERE name = %s" + (" FOR NO KEY UPDATE" if lock else "")
         found = cursor.execute(query, [name]).fetchone() if is_text(name) else None
     if found is None:
-        raise CatalogError(f"split {name!r}: there is none of this name, so nothing was done; see `catalog split list`")
+        raise UsageError(f"split {name!r}: there is none of this name, so nothing was done; see `catalog split list`")
     return found
 
 

@@ -25,7 +25,7 @@ from catalog.database import Database, explain
 from catalog.errors import CatalogError, FileError, UsageError
 from catalog.flags import person, transaction, written
 from catalog.inside import Method
-from catalog.reading import Progress
+from catalog.processes import Progress
 from catalog.records import Segment, segment
 from catalog.selection import DRAWN, conditions
 from catalog.workers import mapped
@@ -211,12 +211,15 @@ def threshold(
         progress: Called with (images done, images).
 
     Raises:
-        UsageError: If it is not said, or not plain, what the inside is called.
+        UsageError: If there is no such structure, or it is not said, or not plain, what the inside is called.
         CatalogError: If SciPy is not there, no image has such a structure, the database refuses, or an ingest is running.
     """
     inside.needed()
     outer, actor = written(outer, "--outer"), person(actor)
     with transaction(database) as conn:
+        names = [one for (one,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
+        if outer not in names:
+            raise UsageError(f"--outer {outer!r}: there is none of this name; there are {', '.join(names) or 'none'}")
         inner = _inner(conn, outer, inner)
         targets = _targets(conn, outer, inner)
     if not targets:

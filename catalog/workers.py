@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future
 from typing import TypeVar
 
-from catalog.reading import FILES_PER_TASK, Progress, processes
+from catalog.processes import Progress, processes
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -37,7 +37,7 @@ def mapped(
     done = 0
     while waiting or running:
         # What was running when a process died may all be lost: it is done again, an item at a time, apart.
-        with processes(jobs, max(len(items) // ITEMS_PER_TASK, 1) * FILES_PER_TASK) as pool:
+        with processes(jobs, max(len(items) // ITEMS_PER_TASK, 1)) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < TASKS_AT_ONCE:

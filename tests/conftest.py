@@ -188,9 +188,13 @@ def sunnybrook() -> Path:
 
 
 def _hurry(server_url: str) -> None:
-    """Have a server that is made for the tests not wait for the disk: no power failure is tested, and a test's own database costs half."""
+    """Have a server that is made for the tests not wait for the disk: no power failure is tested, and a test's own database costs half.
+
+    Nor clean up by itself: when it comes to it a table's xmax and statistics change, which tests take for something that was written.
+    """
     with psycopg.connect(server_url, autocommit=True) as conn:
         conn.execute("ALTER SYSTEM SET fsync = off")
+        conn.execute("ALTER SYSTEM SET autovacuum = off")
         conn.execute("SELECT pg_reload_conf()")
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
+import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from catalog import auditing, cli, contours, database, overlaps
 from catalog.errors import CatalogError, UsageError
 from loaderd import Feed
 from tests.conftest import Run
-from tests.processes import daemons, wait_until
+from tests.processes import daemons, server_ended, wait_until
 
 EMPTY = [name for name, audit in auditing.load().items() if audit.must_be_empty]
 
@@ -236,13 +239,29 @@ def test_deliveries_and_exposure_of_runs(ingested: str, conn: psycopg.Connection
 
 
 def test_exposure(ingested: str, conn: psycopg.Connection) -> None:
-    """Who may read and write: the owner all, the login for SQL all but its own password."""
+    """Who may read and write: the owner all, the login for SQL all but its own password and what is private."""
     [[me, login]] = conn.execute("SELECT current_user::text, role FROM sql_login").fetchall()
-    [own] = rows(conn, "exposure", "reads, writes, owns > 50", role=me)
-    assert own == ("all", "all", True)
-    assert rows(conn, "exposure", "may_log_in, superuser, reads, writes, owns", role=login) == [
-        (True, False, "all but sql_login", "nothing", 0)
+    [own] = rows(conn, "exposure", "reads, writes, owns > 50, reads_private, writes_private", role=me)
+    assert own == ("all", "all", True, "all", "all")
+    assert rows(conn, "exposure", "may_log_in, superuser, reads, writes, owns, reads_private, writes_private", role=login) == [
+        (True, False, "all but sql_login", "nothing", 0, "nothing", "nothing")
     ]
+
+
+def test_exposure_of_what_is_private(ingested: str, conn: psycopg.Connection) -> None:
+    """Who may read where files lie is listed for that alone, table by table; a grant behind a closed schema is none."""
+    name = f"curious_{uuid.uuid4().hex[:8]}"
+    conn.execute(f"CREATE ROLE {name}".encode())
+    try:
+        conn.execute(f"GRANT SELECT ON private.file_path, private.name TO {name}".encode())
+        conn.execute(f"GRANT UPDATE (url) ON private.root_url TO {name}".encode())
+        assert rows(conn, "exposure", role=name) == []
+        conn.execute(f"GRANT USAGE ON SCHEMA private TO {name}".encode())
+        assert rows(conn, "exposure", "reads, writes, reads_private, writes_private", role=name) == [
+            ("nothing", "nothing", "file_path, name", "root_url")
+        ]
+    finally:
+        conn.execute(f"DROP OWNED BY {name}; DROP ROLE {name}".encode())
 
 
 # ------------------------------------------------------------------------------------------ what must be empty
@@ -468,6 +487,43 @@ def test_the_shell_reads_and_cannot_write(ingested: str, catalog: Run, conn: psy
     assert done.returncode == 0, done.stderr
     assert conn.execute("SELECT to_regclass('made_by_hand') IS NOT NULL").fetchone() == (True,)
     assert catalog("db", "shell", input="\\set ON_ERROR_STOP on\nSELECT nothing;\n").returncode == 3
+
+
+def test_other_programs_find_the_catalog(ingested: str, catalog: Run, conn: psycopg.Connection) -> None:
+    """A program in psql's place, options and all, gets the same database and login, and its exit code is the command's."""
+    [[login, name]] = conn.execute("SELECT role, current_database() FROM sql_login").fetchall()
+    done = catalog("db", "shell", "psql", "-Atc", "SELECT current_user, current_database(), current_setting('transaction_read_only')")
+    assert (done.returncode, done.stdout) == (0, f"{login}|{name}|on\n"), done.stderr
+    assert catalog("db", "shell", "sh", "-c", "exit 7").returncode == 7
+    assert catalog("db", "shell", "sh", "-c", "kill $$").returncode == 128 + 15
+    done = catalog("db", "shell", "no-such-program")
+    assert (done.returncode, done.stderr) == (1, "catalog: db shell: no-such-program: No such file or directory\n")
+
+
+def test_a_backup_of_the_embedded_server(studies: Path, catalog: Run, tmp_path: Path) -> None:
+    """Dumped by one command and by psql's \\!, whatever PATH and PGSERVICE name and however long CATALOG_HOME; restored elsewhere."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pg_dump").write_text("#!/bin/sh\necho too old\nexit 1\n")
+    (tmp_path / "bin" / "pg_dump").chmod(0o755)
+    (tmp_path / "services").write_text("[other]\ndbname=postgres\n")
+    dump, again = tmp_path / "catalog.dump", tmp_path / "again.dump"
+    # Not in pytest's folder, which only its user may enter: as root the server runs as another.
+    with tempfile.TemporaryDirectory(prefix="scanfeed-backup-") as folder:
+        Path(folder).chmod(0o755)
+        homes = [Path(folder, "a" * 120), Path(folder, "restored")]
+        other = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PGSERVICE": "other", "PGSERVICEFILE": f"{tmp_path}/services"}
+        first, second = [{**os.environ, **other, "CATALOG_HOME": str(home)} for home in homes]
+        assert catalog("ingest", studies, "--jobs", 1, env=first).returncode == 0
+        done = catalog("db", "shell", "--owner", "pg_dump", "-Fc", "-f", dump, env=first)
+        assert done.returncode == 0, done.stdout + done.stderr
+        done = catalog("db", "shell", "--owner", input=f"\\! pg_dump -Fc -f {again}\n", env=first)
+        assert again.stat().st_size > 10_000, done.stdout + done.stderr
+        options = ["--clean", "--if-exists", "--no-owner", "--no-acl", "--exit-on-error", "-d", "catalog"]
+        done = catalog("db", "shell", "--owner", "pg_restore", *options, dump, env=second)
+        assert done.returncode == 0, done.stderr
+        assert catalog("digest", env=second).stdout == catalog("digest", env=first).stdout
+        assert catalog("sql", "--csv", "SELECT count(*) FROM image_all", env=second).stdout.split() == ["count", "48"]
+        assert all(map(server_ended, homes))
 
 
 def test_without_psql_the_line_says_where_to_connect(ingested: str, monkeypatch: pytest.MonkeyPatch, conn: psycopg.Connection) -> None:

@@ -805,7 +805,7 @@ def test_a_file_cut_anywhere_is_refused_or_whole(tmp_path, syntax):
             assert SECRET not in str(error)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6),
     encoding=st.sampled_from(["plain", "rle"]),
@@ -955,4 +955,4 @@ def test_files_are_closed(tmp_path, monkeypatch):
     for limit in (8 << 20, 0):
         monkeypatch.setattr(dicom, "_READ_WHOLE", limit)
         kept += [read_instance(good), decode_frame(good, 0), refusal(bad)]
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before  # fewer: what earlier tests dropped was collected meanwhile

@@ -205,10 +205,26 @@ def test_a_dry_run_changes_nothing(folder: Path, take_in: Callable[..., Any], sa
     before = everywhere(conn), conn.execute(numbers).fetchall()
     erase = ("patient", "erase", PATIENT, "--reason", "asked", "--json")
     dry = json.loads(say(*erase, "--dry-run").partition("catalog: dry run")[0])
+    text = say(*erase[:-1], "--dry-run")
+    assert "erased the patient: 8 masks, " in text and "exit code 3 as long as they are there" in text
     assert (everywhere(conn), conn.execute(numbers).fetchall()) == before
     done = json.loads(say(*erase))
     assert dry["rows"] == done["rows"] and dry["rows"]["image"] == 15 and dry["rows"]["file"] == 25
     assert (dry["id"], done["id"]) == (None, 1)
+
+
+def test_files_that_stay_on_the_disk_are_said(folder: Path, take_in: Callable[..., Any], say: Say, conn: psycopg.Connection) -> None:
+    """Each ingest says how many files of who was erased it refuses, and what ends that: once they are removed, it says nothing of them."""
+    take_in(folder)
+    say("patient", "erase", PATIENT, "--reason", "asked")
+    for _ in range(2):
+        said = say("ingest", folder, "--jobs", 1)
+        refused = one(conn, "SELECT count(*) FROM flag WHERE state = 'open' AND detail LIKE 'patient-erased: %%'")
+        assert refused > 20
+        assert f"catalog: {refused} of them are files of patients who were erased: remove what is still on the disk" in said
+    shutil.rmtree(folder / "dicoms" / PATIENT)
+    shutil.rmtree(folder / "contourfiles" / ORIGINAL)
+    assert "who were erased" not in say("ingest", folder, "--jobs", 1)
 
 
 @pytest.mark.parametrize("name", ["Doe^Jane", "Doe Jane", "\udcff"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import hashlib
@@ -31,7 +32,7 @@ from pydicom import dcmread
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from catalog import cli, contours, database, destinations, exporting, flags, ingest, reading, shards, snapshots, splits, synthetic
+from catalog import cli, contours, database, destinations, exporting, flags, ingest, processes, shards, snapshots, splits, synthetic
 from catalog.database import Database
 from catalog.errors import CatalogError, DriftError, UsageError
 from catalog.exporting import Exported
@@ -54,7 +55,7 @@ class Ended(NamedTuple):
 
 
 @contextlib.contextmanager
-def threads(jobs: int | None, files: int) -> Iterator[Executor]:
+def threads(jobs: int | None, tasks: int) -> Iterator[Executor]:
     """In the place of processes, of which each takes a second to begin."""
     with ThreadPoolExecutor(2) as pool:
         yield pool
@@ -554,6 +555,30 @@ def test_dry_run(frozen: str, say: Callable[..., Ended], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("to", FORMS)
+def test_cannot_be_written(frozen: str, export: Export, to: str) -> None:
+    """Where nothing can be written the system's reason is said of the place that was asked for, not of a file beside it."""
+    place = Path("/proc", PLACES[to])
+    with pytest.raises(OSError, match=r"No such file or directory|Permission denied") as refused:
+        export(frozen, place, to)
+    assert refused.value.filename == str(place) and refused.value.strerror == os.strerror(refused.value.errno or 0)
+
+
+def test_folder_that_cannot_be_written(frozen: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder for shards that is there and takes no file the folder is named."""
+    open_it = Path.open
+
+    def refusing(path: Path, *given: Any, **options: Any) -> Any:
+        if path.parent == tmp_path:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_it(path, *given, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(OSError, match="Read-only file system") as refused:
+        export(frozen, tmp_path, "webdataset")
+    assert refused.value.filename == str(tmp_path)
+
+
+@pytest.mark.parametrize("to", FORMS)
 def test_other_pixels(
     database_url: str, db: Database, studies: Path, export: Export, say: Callable[..., Ended], conn: Conn, tmp_path: Path, to: str
 ) -> None:
@@ -577,6 +602,12 @@ def test_other_pixels(
     assert {line.split(":")[1] for line in lines[:2]} == {f" sample {ids[0]}", f" sample {ids[1]}"}
     assert len(lines) == 3 and "2 samples could not be exported" in lines[2] and str(folder) not in ended.stderr
     assert not (place if to == "hdf5" else place / "manifest.json").exists()
+    # stdout says no digest of what is not there whole, and as many samples as the same command does not make again
+    whole = 0 if to == "hdf5" else len(wanted) - 2  # one block of rows; tars of one sample
+    where = f"{place}.part" if to == "hdf5" else place
+    assert ended.stdout == f"{where}: unfinished: {whole} of {len(wanted)} samples written\n"
+    again = json.loads(say("export", "one", place, "--to", to, *options, "--json").stdout)
+    assert (again["there"], again["written"], again["complete"]) == (whole, whole, False)
     paths[0].write_bytes(before)
     (tmp_path / "away").rename(paths[1])
     ended = say("export", "one", place, "--to", to, *options)
@@ -667,7 +698,7 @@ def test_no_room(frozen: str, export: Export, tmp_path: Path, monkeypatch: pytes
 def test_a_process_that_dies(frozen: str, database_url: str, tmp_path: Path) -> None:
     """A decoder that takes its process with it: one line that names the samples, and what was written stays."""
     with database.open_database(database_url) as db, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "processes", reading.processes)
+        patch.setattr(exporting, "processes", processes.processes)
         patch.setattr(shards, "write", _die)
         with pytest.raises(CatalogError, match=r"samples \d+ to \d+ died"):
             exporting.export(db, frozen, tmp_path / "made.h5", to="hdf5")

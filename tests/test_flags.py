@@ -381,7 +381,7 @@ def test_what_is_opened_again_acts_at_once(say: Say, conn: psycopg.Connection) -
     assert written(conn) == before and list(conn.notifies(timeout=0)) == []
     assert say("flag", "reopen", 1, "-m", "another one's") == dry
     assert dry == "flag 1 (FORM) is open again; it was resolved; 16 samples fed no more\n"
-    assert [notice.payload for notice in conn.notifies(timeout=10, stop_after=1)] == ["flag"]
+    assert [notice.payload for notice in conn.notifies(timeout=60, stop_after=1)] == ["flag"]
     assert one(conn, "SELECT count(*) FROM revoked_image") == 16
     row = conn.execute("SELECT state, closed_by, closed_at, reason, raised_by, detail FROM flag").fetchone()
     assert row == ("open", None, None, None, ME, "form is missing")

@@ -284,6 +284,8 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_shown(catalog, conn, studie
     page = Page((tmp_path / "g" / "index.html").read_text())
     assert page.text.count("cannot be shown: ") >= 2
     assert "Traceback" not in done.stderr and str(tmp_path) not in done.stdout.replace(said["path"], "")
+    taken = catalog("gallery", "-o", tmp_path / "g.html", "--sample", 3, "--seed", 5)
+    assert "3 samples of " in taken.stdout and taken.stdout.endswith(" at random (seed 5), worst first\n"), taken.stderr
     picture = catalog("gallery", "-o", tmp_path / "g.png")
     assert picture.returncode == 0, picture.stderr
     with Image.open(tmp_path / "g.png") as image:

@@ -31,7 +31,7 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32, STANDARD_VR
 
-from catalog import header, pixels
+from catalog import encoding, header, pixels
 from catalog.dicom import read_instance
 from catalog.errors import FileError
 from catalog.header import PREFIXES, Header, parse_header, read_header
@@ -489,9 +489,9 @@ KINDS = (
 def test_tables_are_pydicoms() -> None:
     """What stands in the reader of PS3.5, PS3.6 and PS3.10, so that pydicom need not be imported, is what pydicom knows."""
     codes = {tag: int.from_bytes(vr.encode(), "little") for tag, (vr, *_) in DicomDictionary.items() if len(vr) == 2}
-    assert {tag: vr for tag, vr in codes.items() if tag >> 16 == 2} == header._META
+    assert {tag: vr for tag, vr in codes.items() if tag >> 16 == 2} == encoding._META
     assert {tag: codes[tag] for tag in header._KEPT} == header._KEPT
-    for vrs, known in ((EXPLICIT_VR_LENGTH_16, header._SHORT_VR), (EXPLICIT_VR_LENGTH_32, header._LONG_VR)):
+    for vrs, known in ((EXPLICIT_VR_LENGTH_16, encoding._SHORT_VR), (EXPLICIT_VR_LENGTH_32, encoding._LONG_VR)):
         assert known == {int.from_bytes(vr.encode(), "little") for vr in vrs}
     assert {name.value for name in PhotometricInterpretation} == pixels._PHOTOMETRIC
     syntaxes = [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
@@ -578,7 +578,7 @@ def test_very_many_mutants_say_what_pydicom_says_or_nothing(tmp_path, capsys):
         sys.stdout.write(f"{outcomes[True]} read, {outcomes[False]} left to pydicom\n")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(start=st.sampled_from([b"", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICM\x02\0\0\0UL\x04\0"]), rest=st.binary(max_size=400))
 def test_any_bytes_give_nothing_worse_than_none(start, rest):
     """No exception, whatever the bytes and the size that is claimed for them."""
@@ -586,7 +586,7 @@ def test_any_bytes_give_nothing_worse_than_none(start, rest):
         assert parse_header(start + rest, size) is None
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4), implicit=st.booleans())
 def test_changed_bytes_say_what_pydicom_says(tmp_path, changes, implicit):
     """Bytes anywhere in the header changed, found and shrunk by hypothesis."""

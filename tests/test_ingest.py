@@ -22,7 +22,7 @@ import psycopg
 import pytest
 from pydicom import dcmread
 
-from catalog import database, ingest, pairings, reading, synthetic
+from catalog import database, ingest, pairings, processes, reading, synthetic
 from catalog.errors import CatalogError
 from catalog.ingest import Summary
 from tests.processes import wait_until
@@ -332,7 +332,9 @@ def test_again_changes_nothing(three: Path, conn: Conn, take_in: Callable[..., S
 
 
 def _written(conn: Conn) -> list[tuple[Any, ...]]:
-    time.sleep(0.1)
+    # A session says what it wrote when it ends, and that is a moment after its client closed it.
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
+    assert wait_until(lambda: ask(conn, others) == [(1,)])
     conn.execute("SELECT pg_stat_force_next_flush(), pg_stat_clear_snapshot()")
     return ask(conn, "SELECT relname, n_tup_ins, n_tup_upd, n_tup_del FROM pg_stat_user_tables WHERE schemaname = 'public' ORDER BY 1")
 
@@ -616,22 +618,40 @@ def test_phases(study: Path, conn: Conn, take_in: Callable[..., Summary]) -> Non
     assert ask(conn, phases) == [(1, 1), (2, 0), (3, 0), (4, 1), (5, 1), (6, 0)]
 
 
+def test_a_table_that_goes_wrong_is_a_run_of_its_own(study: Path, conn: Conn, take_in: Callable[..., Summary]) -> None:
+    """What comes to be wrong with the tree itself, and that it was put right, is on record each once, though no file is read again."""
+    link = study / "link.csv"
+    whole = link.read_text()
+    for text in (whole, whole + "SYN0009,SC-SYN-0009\n", whole):
+        link.write_text(text)
+        for _ in range(2):
+            take_in(study)
+    runs = "SELECT r.files_read, e.code FROM ingest_run r LEFT JOIN ingest_error e ON e.ingest_run_id = r.id ORDER BY r.id"
+    assert ask(conn, runs) == [(15, None), (0, "link-no-folder"), (0, None)]
+
+
 # ---------------------------------------------------------------------------------------------------- stopped
 
 
 def program(
-    tmp_path: Path, *, slow: float = 0.0, lethal: str = "no such file", held: str = "no such file", files_per_task: int = 4
+    tmp_path: Path,
+    *,
+    slow: float = 0.0,
+    lethal: str = "no such file",
+    held: str = "no such file",
+    files_per_task: int = 4,
+    patience: int = 300,
 ) -> dict[str, str]:
     """Return an environment in which reading an image takes longer, or one file kills its reader, and commits are small.
 
-    An image that is `held` is not read before there is tmp_path / "go on".
+    An image that is `held` is not read before there is tmp_path / "go on"; a process that reads it ends after `patience` seconds.
     """
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(f"""
 import os, signal, time
 from catalog import ingest, reading
-ingest.FILES_PER_COMMIT, reading.FILES_PER_TASK = 10, {files_per_task}
+ingest.FILES_PER_COMMIT, reading.FILES_PER_TASK, reading.PATIENCE_S = 10, {files_per_task}, {patience}
 read_dicom = reading._read_dicom
 def read(path, entry, hashing):
     time.sleep({slow})
@@ -749,6 +769,24 @@ def test_executor_that_breaks(three: Path, tmp_path: Path, monkeypatch: pytest.M
     assert seen[-1] == (12, 12)
 
 
+def test_reading_that_comes_to_no_end(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file over which a decoder runs for ever is refused as one that kills its reader; every other file is read."""
+    _, found = ingest.find(study)
+    for name, value in program(tmp_path, held="/3.dcm", patience=3).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(reading, "FILES_PER_TASK", 1)
+    todo = found.images[2:4]
+    end = threading.Timer(60, (tmp_path / "go on").touch)  # so that without an alarm this fails, and does not hang
+    end.start()
+    try:
+        results = list(reading.read_all(str(study), todo, hashing="full", jobs=1, executor=None, progress=lambda done, total: None))
+    finally:
+        end.cancel()
+    assert sorted(result.entry.path for result in results) == sorted(item.entry.path for item in todo)
+    [refused] = [result for result in results if not isinstance(result, reading.Read)]
+    assert isinstance(refused, reading.Refused) and (Path(refused.entry.path).name, refused.code) == ("3.dcm", "reader-died")
+
+
 def test_executor_that_takes_no_more(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An executor that is found broken when work is handed over loses nothing either: processes of our own read the rest."""
     _, found = ingest.find(study)
@@ -788,7 +826,7 @@ def test_ctrl_c_waits_until_a_reader_has_begun() -> None:
     other = threading.Thread(target=over.wait)
     other.start()
     try:
-        with pytest.raises(KeyboardInterrupt), reading._undisturbed():
+        with pytest.raises(KeyboardInterrupt), processes._undisturbed():
             assert other.ident is not None
             signal.pthread_kill(other.ident, signal.SIGINT)
             time.sleep(0.1)
@@ -801,7 +839,7 @@ def test_ctrl_c_waits_until_a_reader_has_begun() -> None:
 
 def test_two_at_once(three: Path, conn: Conn, tmp_path: Path) -> None:
     """Of two first ingests of one root one waits and says so; each file is read once."""
-    environment = program(tmp_path, slow=0.02)
+    environment = program(tmp_path, held="SYN0001/1.dcm")
     with conn.transaction():
         conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [ingest.LOCK_CLASS])
         both = [start(three, environment, "--json") for _ in range(2)]
@@ -810,6 +848,8 @@ def test_two_at_once(three: Path, conn: Conn, tmp_path: Path) -> None:
             "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         )
         assert wait_until(lambda: ask(conn, at_the_gate) == [(2,)])
+    assert wait_until(lambda: ask(conn, f"{at_the_gate} AND objid <> 0") == [(1,)])  # one for the other, which has the root
+    (tmp_path / "go on").touch()
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     waiting = "catalog: another ingest of this root is running; waiting for it\n"

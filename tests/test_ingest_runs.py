@@ -16,9 +16,11 @@ import pytest
 from pydicom import dcmread
 
 from catalog import cli, database, digest, ingest, runs
-from catalog.errors import CatalogError
+from catalog.errors import CatalogError, UsageError
 from catalog.ingest import LOCK_CLASS
 from tests.test_flags import feed
+from tests.test_rtstruct import contour as ring
+from tests.test_rtstruct import flat, structures, written
 
 Say = Callable[..., str]
 TakeIn = Callable[..., Any]
@@ -127,7 +129,32 @@ def test_listed_and_shown(folder: Path, take_in: TakeIn, say: Say, conn: psycopg
     assert all(error["remedy"] for error in found["by_code"])
     assert json.loads(say("runs", "show", 1, "--json"))["brought"]["files"] == files
     assert "2 errors read: truncated: copy the file again" in say("runs", "show", 2)
+    drawn = one(conn, "SELECT count(*) FROM annotation WHERE ingest_run_id = 1")
+    brought = f"  brought, and there still: {files} files, {files - drawn} images, {drawn} annotations\n"
+    assert brought in say("runs", "show", 1)
     assert [line.split()[0] for line in say("runs", "list").splitlines()[2:]] == ["1", "2"]
+
+
+def test_one_is_not_said_as_several(folder: Path, say: Say) -> None:
+    """Of one file, one image, one error an ingest speaks in the singular."""
+    assert "; 0 errors; " in say("ingest", folder, "--jobs", 1)
+    image(folder, 1).unlink()
+    assert "\n1 file is gone, and now marked missing\n" in say("ingest", folder, "--jobs", 1)
+    image(folder, 2).write_bytes(image(folder, 2).read_bytes()[:-100])
+    assert "; 1 file read in " in say("ingest", folder, "--jobs", 1)
+
+
+def test_an_error_is_counted_once_everywhere(studies: Path, tmp_path: Path, take_in: TakeIn, say: Say) -> None:
+    """What is wrong in the same words with three contours of one file is one error for the ingest, for `errors` and for `runs`."""
+    (tmp_path / "rt").mkdir()
+    shutil.copy(next(studies.rglob("1.dcm")), tmp_path / "rt")
+    drawn = [ring(flat([(0, 0), (10, 0), (10, 8), (0, 8)]), f"1.9.1.{at}") for at in (1, 2, 3)]
+    written(tmp_path / "rt" / "rt.dcm", structures({1: drawn}, series=(("1.9", "1.9.1", ("1.9.1.1", "1.9.1.2", "1.9.1.3")),)))
+    summary = take_in(tmp_path / "rt")
+    assert (summary.unpaired, summary.standing_errors) == (3, 1)
+    [run] = json.loads(say("runs", "list", "--json"))
+    assert (run["errors"], len(json.loads(say("errors", "--json")))) == (1, 1)
+    assert "1 error pair: pair-no-image" in say("runs", "show", 1)
 
 
 def test_a_killed_run_is_no_running_one(folder: Path, take_in: TakeIn, say: Say, conn: psycopg.Connection, database_url: str) -> None:
@@ -142,9 +169,9 @@ def test_a_killed_run_is_no_running_one(folder: Path, take_in: TakeIn, say: Say,
 
 def test_no_such_run(database_url: str, say: Say) -> None:
     """A run that is none: one line."""
-    for command in ("show", "retry", "undo"):
-        with pytest.raises(CatalogError, match="run 7: there is no such run of `catalog ingest`; see `catalog runs list`"):
-            say("runs", command, 7)
+    for command in (("runs", "show", 7), ("runs", "retry", 7), ("runs", "undo", 7), ("errors", "--run", 7)):
+        with pytest.raises(UsageError, match="run 7: there is no such run of `catalog ingest`; see `catalog runs list`"):
+            say(*command)
 
 
 def test_retried(folder: Path, take_in: TakeIn, say: Say, conn: psycopg.Connection) -> None:

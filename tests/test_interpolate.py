@@ -462,9 +462,13 @@ def test_segments_are_parents_too(conn: psycopg.Connection, ingested: str) -> No
 
 
 def test_refused(ingested: str, catalog: Run, tmp_path: Path) -> None:
-    """A structure that nobody drew, a limit that is none, another ingest running, and SciPy missing: one line each, and nothing written."""
+    """A structure that is none or that nobody drew, a limit that is none, another ingest running, and SciPy missing: one line each, and
+    nothing written."""
+    with psycopg.connect(ingested) as other:
+        other.execute("INSERT INTO structure (name) VALUES ('clot')")
     for arguments, code, said in (
-        (["--structure", "Inner"], 1, "nobody drew any"),
+        (["--structure", "Inner"], 2, "structure 'Inner': there is none of this name; there are clot, inner, outer"),
+        (["--structure", "clot"], 1, "nobody drew any"),
         (["--structure", "inner", "--widest-mm", "0"], 2, "positive"),
         (["--structure", "inner", "--widest-ms", "nan"], 2, "positive"),
         (["--structure", "inner", "--along", "time"], 2, "along"),

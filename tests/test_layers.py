@@ -49,6 +49,11 @@ def test_the_embedded_server_needs_the_standard_library_alone() -> None:
     assert loaded_by("catalog.embedded") - sys.stdlib_module_names == {"catalog"}
 
 
+def test_a_process_begins_with_the_standard_library_alone() -> None:
+    """`import catalog.processes` loads nothing that is installed: what else a process of a command loads is its work's."""
+    assert loaded_by("catalog.processes") - sys.stdlib_module_names == {"catalog", "__mp_main__"}  # multiprocessing's name for `__main__`
+
+
 def test_the_catalog_knows_nothing_of_the_daemon() -> None:
     """No file of `catalog` or of the migrations imports `loaderd`, at the top or inside a function."""
     for path in (*REPOSITORY.glob("catalog/**/*.py"), *REPOSITORY.glob("migrations/**/*.py")):

@@ -33,6 +33,7 @@ from catalog.measuring import Summary
 from catalog.statistics import Statistics, statistics
 from tests.conftest import DATA
 from tests.processes import wait_until
+from tests.test_ingest import group
 
 Conn = psycopg.Connection[tuple[Any, ...]]
 TakeIn = Callable[..., Any]
@@ -51,7 +52,7 @@ def measure(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meas
     """Measure in a thread: a process for that takes a second to begin."""
 
     @contextlib.contextmanager
-    def threads(jobs: int | None, files: int) -> Iterator[Executor]:
+    def threads(jobs: int | None, tasks: int) -> Iterator[Executor]:
         with ThreadPoolExecutor(2) as pool:
             yield pool
 
@@ -341,14 +342,6 @@ def slowly(tmp_path: Path, database_url: str) -> Iterator[Callable[[], subproces
         process.wait()
 
 
-def alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_killed_in_the_middle(
     studies: Path, conn: Conn, take_in: TakeIn, measure: Measure, slowly: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
@@ -363,7 +356,7 @@ def test_killed_in_the_middle(
     assert wait_until(lambda: conn.execute("SELECT count(*) > 3 FROM measure").fetchone() == (True,), 60)
     process.kill()
     process.wait()
-    assert wait_until(lambda: not alive(process.pid))
+    assert wait_until(lambda: group(process.pid) == [])
     assert wait_until(
         lambda: conn.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'catalog measure'").fetchone() == (0,)
     )

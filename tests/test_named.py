@@ -24,6 +24,7 @@ from loaderd.attempts import CONSUMER_LOCK
 from loaderd.cli import main
 from loaderd.definitions import Definition
 from tests.conftest import Run
+from tests.processes import wait_until
 
 INNER = Definition(structures=("inner",), seed=7)
 
@@ -171,7 +172,7 @@ def test_toml_there_and_back(definition: Definition) -> None:
     assert None not in given_fields.values()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(definitions)
 def test_the_database_keeps_a_definition_as_it_is(conn: psycopg.Connection, definition: Definition) -> None:
     """Any definition comes back from the table equal, and under the digest that the table keeps."""
@@ -298,4 +299,4 @@ def test_lists_say_who_is_fed_now(database_url: str, conn: psycopg.Connection, l
         assert Definition.from_json(tomllib.loads(shown)) == INNER
         assert loaderd("stream", "end", "train", "--dry-run").stdout == "stream 'train' would be ended; 1 trainer fed from it now\n"
     # PostgreSQL drops the lock with the connection, whatever became of the daemon.
-    assert json.loads(loaderd("stream", "show", "train", "--json").stdout)["consumers"] == []
+    assert wait_until(lambda: json.loads(loaderd("stream", "show", "train", "--json").stdout)["consumers"] == [])

@@ -198,6 +198,7 @@ def test_where_and_structures_choose(db: Database, conn: psycopg.Connection) -> 
 
 def test_the_command_writes_a_file_or_one_line(catalog, ingested: str, tmp_path: Path) -> None:
     """PNG or SVG by the file's name; another name is refused before anything is read."""
+    assert "distributions" not in catalog("plot", "--help").stdout  # what is asked for is called spread
     done = catalog("plot", "spread", "-o", tmp_path / "x.svg", "--structure", "inner")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'x.svg'}\n"), done.stderr
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")

@@ -10,12 +10,12 @@ import psycopg
 from pydicom.datadict import dictionary_keyword
 from typer.testing import CliRunner
 
-from catalog import cli, dicom, header, pixels, privacy, rtstruct, seg
+from catalog import cli, dicom, encoding, header, pixels, privacy, rtstruct, seg
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "privacy.md"
 ATTRIBUTE = re.compile(r"([A-Z][A-Za-z]+) \(([0-9A-F]{4}),([0-9A-F]{4})\)")
 # What our readers take elements by, and what of it is no attribute of a file.
-READERS = (header, dicom, rtstruct, seg, pixels, privacy)
+READERS = (header, encoding, dicom, rtstruct, seg, pixels, privacy)
 COLUMNS = """
 SELECT CASE WHEN table_schema = 'private' THEN 'private.' ELSE '' END || c.table_name, c.column_name
 FROM information_schema.columns c JOIN information_schema.tables t USING (table_schema, table_name)
@@ -110,7 +110,10 @@ def test_the_commands_are_there() -> None:
     assert len(lines) >= 2
     for line in lines:
         words = shlex.split(line, comments=True)
-        done = CliRunner().invoke(cli.app, [words[1], "--help"], env={"COLUMNS": "200"})
+        if "pg_dump" in words:
+            words = words[: words.index("pg_dump")]  # what follows is PostgreSQL's
+        named = words[1:3] if words[1] == "db" else words[1:2]
+        done = CliRunner().invoke(cli.app, [*named, "--help"], env={"COLUMNS": "200"})
         assert done.exit_code == 0, line
         for option in (word for word in words if word.startswith("--")):
             assert option in re.sub(r"\x1b\[[0-9;]*m", "", done.output), line

@@ -23,7 +23,7 @@ import pydicom.encaps
 import pydicom.uid
 import pytest
 
-from catalog import database, edges, ingest, measuring, places, pseudonyms, reading, roles, terms
+from catalog import database, edges, ingest, measuring, places, pseudonyms, reading, roles, staged, terms
 from catalog.errors import CatalogError, UsageError
 from catalog.ingest import LOCK_CLASS
 from catalog.layouts import Entry, Found, Image, Problem
@@ -36,7 +36,7 @@ KEY = bytes(range(32))
 
 
 @contextlib.contextmanager
-def threads(jobs: int | None, files: int) -> Iterator[Executor]:
+def threads(jobs: int | None, tasks: int) -> Iterator[Executor]:
     """In the place of processes, of which each takes a second to begin; commands, which are processes themselves, have theirs."""
     with ThreadPoolExecutor(1) as pool:
         yield pool
@@ -169,7 +169,7 @@ def test_rows(patient: str, study: str, series: str, instance: str, modality: st
     names = Pseudonyms(KEY, dates="shift")
     item = Image(Entry(path, 1, 1), None, sure=True)
     found = INSTANCE._replace(patient, study, series, instance, modality)
-    line = reading.rows(item, found, patient)
+    line = staged.rows(item, found, patient)
     fields = line.decode()[:-1].split("\t")
     done = names.rows(line).decode()[:-1].split("\t")
     at = pseudonyms.AT
@@ -209,7 +209,7 @@ def test_columns() -> None:
         row_spacing column_spacing image_position image_orientation position slice_thickness trigger_time slope intercept modality_lut
         pixel_hash byte_offset byte_length dtype bits_stored"""))  # fmt: skip
     assert set(pseudonyms.COLUMNS) == known
-    assert len(pseudonyms.COLUMNS) - pseudonyms.HEAD == reading.FRAME_COLUMNS
+    assert len(pseudonyms.COLUMNS) - pseudonyms.HEAD == staged.FRAME_COLUMNS
 
 
 def test_drawn() -> None:
@@ -357,7 +357,7 @@ def test_nothing_of_whom(hidden: database.Database, tree: Path) -> None:
 
 
 def test_who_sees_paths(hidden: database.Database, catalog: Run, tree: Path) -> None:
-    """The owner's `sample.path` is the file; to the login for SQL and to members of the audit role it is NULL, and `private` is closed."""
+    """The owner's `sample.path` is the file; to the login for SQL and the audit role it is NULL and `private` shut; `exposure` says so."""
     query = "SELECT count(*), count(path) FROM sample"
     with connected(hidden) as conn:
         whole = one(conn, "SELECT count(*) FROM sample")
@@ -368,6 +368,12 @@ def test_who_sees_paths(hidden: database.Database, catalog: Run, tree: Path) -> 
         assert catalog("sql", "SELECT path FROM private.file_path").returncode != 0
         roles = json.loads(catalog("db", "roles", "--json").stdout)
         audit = next(role["name"] for role in roles["roles"] if role["name"].endswith("_audit"))
+        exposed = {
+            role.rpartition("_")[2]: rights
+            for role, *rights in conn.execute("SELECT role, reads_private, writes_private FROM exposure WHERE role ~ %s", [audit[:-6]])
+        }
+        assert exposed == {"owner": ["all", "all"], "ingest": ["all", "all"], "review": ["nothing", "nothing"],
+                           "train": ["all", "nothing"], "audit": ["nothing", "nothing"]}  # fmt: skip
         with conn.transaction():
             conn.execute(f"SET LOCAL ROLE {audit}")
             assert conn.execute(query).fetchone() == (whole, 0)
@@ -455,7 +461,7 @@ def test_root_moved(hidden: database.Database, tree: Path, tmp_path: Path, catal
 
 
 def test_retry_and_errors(hidden: database.Database, tree: Path, key: Path, catalog: Run) -> None:
-    """What cannot be read is said by hashes alone, and a retry with the key takes it in once it is whole."""
+    """What cannot be read is said by hashes alone, `where` turns each back, and a retry with the key takes it in once it is whole."""
     path = tree / "dicoms" / "SYN0001" / "3.dcm"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -466,6 +472,11 @@ def test_retry_and_errors(hidden: database.Database, tree: Path, key: Path, cata
     assert f"root/{token}  [read: truncated]" in errors.stdout and token in shown.stdout
     found = catalog("where", f"root/{token}", "8" * 24)
     assert (found.returncode, found.stdout) == (1, f"root/{token}: {path}\n") and "8" * 24 in found.stderr
+    with connected(hidden) as conn:
+        root, file = one(conn, "SELECT url FROM root"), f"file:{one(conn, 'SELECT id FROM file WHERE path = %s', token)}"
+    assert root in catalog("root", "list").stdout and file in catalog("flag", "list").stdout
+    assert catalog("where", root, file).stdout == f"{root}: {tree}\n{file}: {path}\n"
+    assert catalog("where", "file:0", "R-" + "0" * 24).returncode == 1
     assert catalog("runs", "retry", 2).returncode == 2
     path.write_bytes(whole)
     again = catalog("runs", "retry", 2, "--pseudonymize", key, "--jobs", 1)

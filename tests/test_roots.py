@@ -109,6 +109,7 @@ def test_refused(say: Say, conn: psycopg.Connection, root: str, studies: Path, t
         with pytest.raises(CatalogError, match=message) as caught:
             say("root", "move", name, place, "--even-so")
         assert "\n" not in str(caught.value)
+        assert caught.value.exit_code == (2 if name == "none" else 1)
     assert state(conn) == before
 
 

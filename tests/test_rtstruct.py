@@ -271,7 +271,7 @@ def test_places_are_given_where_there_is_just_one(tmp_path):
 
 
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(0.5, 5), st.integers(1, 6), st.randoms(use_true_random=False))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_oblique_contours_without_images_are_put_together_by_plane(tmp_path, first, second, distance, count, shuffled):
     """With coordinates of two decimals, each plane's outline has its own hole, whatever the angle, the order and the distance."""
     row = np.array([np.cos(first), np.sin(first), 0])

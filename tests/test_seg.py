@@ -253,7 +253,7 @@ def test_label_maps_equal_highdicoms(tmp_path, syntax):
         np.testing.assert_array_equal(raster(one), theirs(path, one))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 13), st.integers(1, 13))), st.sampled_from(SYNTAXES))
 def test_bits_run_on_across_frames(tmp_path, frames, syntax):
     """Whatever the size of a frame, and wherever within a byte it begins, its pixels are those that were packed."""
@@ -261,7 +261,7 @@ def test_bits_run_on_across_frames(tmp_path, frames, syntax):
     np.testing.assert_array_equal([raster(one) for one in drawn], frames)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.sampled_from([np.uint8, np.uint16]).flatmap(
         lambda dtype: arrays.arrays(dtype, st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 3))

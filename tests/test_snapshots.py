@@ -25,6 +25,8 @@ from catalog import cli, database, drift, embedded, erasing, ingest, roots, runs
 from catalog.errors import CatalogError, DriftError, UsageError
 from catalog.ingest import LOCK_CLASS
 from catalog.selection import DRAWN
+from loaderd.definitions import Definition
+from tests.conftest import REPOSITORY
 
 PATIENT = "SYN0002"  # of 16 images and 6 annotations, as each of the three
 Make = Callable[..., snapshots.Made]
@@ -121,7 +123,7 @@ def digest_of_snapshot(samples: Sequence[bytes]) -> str:
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     structure=NAMES, origin=st.sampled_from(DRAWN), label=NAMES,
     raster=st.tuples(st.integers(1, 9), st.integers(1, 20), st.floats(0, 1), st.integers(0, 99)), seed=st.integers(0, 99),
@@ -325,6 +327,9 @@ def test_choosing(ingested: str, conn: psycopg.Connection, make: Make) -> None:
     assert make("a", structures=["outer"]).structures == {"outer": 6}
     assert make("b", where="structure = 'outer'").sha256 == make("a", structures=["outer"]).sha256
     assert make("c", structures=["inner", "outer"], require="all").samples == 6
+    any_of_them = make("any", structures=["inner", "outer"])  # by default, where a feed takes all: docs/sets.md sets them side by side
+    assert any_of_them.samples == 12 and Definition(structures=("inner", "outer")).require == "all"
+    assert "any of them, `Feed(structures=[…])` those that have all" in (REPOSITORY / "docs/sets.md").read_text()
     assert make("d", structures=["outer", "inner"]).sha256 == make("e").sha256
     assert make("f", where="patient = 'SYN0001' and area_px > 0 -- a remark").patients == 1
     every = make("g", images=True)
@@ -391,6 +396,7 @@ def test_refused(ingested: str, conn: psycopg.Connection, make: Make, database_u
         other.execute("SELECT pg_advisory_lock(%s, (SELECT id FROM root)::integer)", [LOCK_CLASS])
         with pytest.raises(CatalogError, match=r"an ingest of it is running; try again when it has ended"):
             make()
+        other.execute("SELECT pg_advisory_unlock_all()")  # the session ends a moment after it is closed
     conn.execute("UPDATE image SET pixel_hash = NULL WHERE id IN (SELECT sample_id FROM sample WHERE patient = 'SYN0001')")
     with pytest.raises(
         CatalogError, match=r"the pixels of 4 of its images were not hashed yet, .*; run `catalog measure`, then this again"
@@ -548,6 +554,38 @@ def test_verify_and_files(folder: Path, take_in: TakeIn, make: Make, conn: psyco
     assert code == 4 and "1 sample missing: its file is not there; bring it back" in said and "is not what was frozen" in said
     assert "SYN" not in said
     assert json.loads(say("snapshot", "verify", "one", "--json")[1])["well"] is False
+
+
+def test_verify_and_advice(folder: Path, take_in: TakeIn, make: Make, db: database.Database, say: Any, conn: psycopg.Connection) -> None:
+    """What is advised helps: a file with other pixels, or cut off, is to be brought back as it was, not ingested. Ingested all the
+    same it is said that no file holds the pixels, not that none is there. Pixels behind a longer header of their file are to be ingested.
+    """
+    take_in(folder)
+    make()
+    (changed, other), (short, cut), (moved, longer), (gone, away) = (_file_of(conn, place) for place in range(4))
+    before = {path: path.read_bytes() for path in (other, cut, away)}
+    _bend(other, keep_time=False)
+    cut.write_bytes(before[cut][:-100])
+    header = dcmread(longer)
+    header.ImageComments = "more" * 50
+    header.save_as(longer)
+    away.unlink()
+    ingest_it = "run `catalog ingest` on its root again"
+    said = {problem.sample_id: problem for problem in drift.verify(db, "one", jobs=1).problems}
+    assert {sample: problem.code for sample, problem in said.items()} == {
+        changed: "changed", short: "truncated", moved: "changed", gone: "missing"}  # fmt: skip
+    for sample in (changed, short):
+        assert said[sample].message.endswith("; bring the file back as it was")
+    assert said[moved].message == f"its pixels lie at another place of its file; {ingest_it}"
+    assert "is not there" in said[gone].message
+    take_in(folder)
+    said = {problem.sample_id: problem for problem in drift.verify(db, "one", jobs=1).problems}
+    assert set(said) == {changed, short, gone}  # the advice for the longer one was right
+    assert "3 samples missing: no file of the catalog holds its pixels any more; bring back" in say("snapshot", "verify", "one")[1]
+    for path, data in before.items():
+        path.write_bytes(data)
+    take_in(folder)
+    assert drift.verify(db, "one", jobs=1).well
 
 
 BEHIND = (

@@ -693,10 +693,10 @@ def test_the_commands(ingested: str, conn: psycopg.Connection, split: Callable[.
     assert split("list").stdout.count("s ") >= 1
     for code, words, *wrong in (
         (1, "there is one of this name", "create", "s", "--ratios", "1"),
-        (1, "none of this name", "show", "nothing"),
-        (1, "none of this name", "check", "nothing"),
-        (1, "none of this name", "extend", "nothing"),
-        (1, "none of this name", "freeze", "nothing"),
+        (2, "none of this name", "show", "nothing"),
+        (2, "none of this name", "check", "nothing"),
+        (2, "none of this name", "extend", "nothing"),
+        (2, "none of this name", "freeze", "nothing"),
         (1, "frozen by", "extend", "s"),
         (2, "say --ratios", "create", "t"),
         (2, "--folds: nobody in test", "create", "t", "--ratios", "test=1", "--folds", "3"),
@@ -720,6 +720,8 @@ def test_check_finds_leaks_and_what_nobody_knows(ingested: str, conn: psycopg.Co
     """Exit code 3 when pixels lie on two sides since, or are not hashed; with what to do; too few patients are said."""
     made = split("create", "s", "--ratios", "1,1,8")
     assert made.returncode == 0 and "nobody is in" in made.stderr
+    few = split("create", "v", "--ratios", "2,1", "--folds", "5", "--dry-run").stderr
+    assert "nobody is in folds 3, 4: there are too few patients for 5 folds" in few
     assert split("create", "t", "--ratios", "train=1,val=1,test=1").returncode == 0
     conn.execute("UPDATE image SET pixel_hash = NULL WHERE id IN (SELECT id FROM image ORDER BY id LIMIT 2)")
     done = split("check", "s", "--json")

@@ -378,9 +378,12 @@ def test_the_command(catalog: Run, tmp_path: Path, database_url: str, conn: psyc
     assert done.returncode == 3 and done.stderr.startswith(f"catalog: sample {sample}: ") and str(tmp_path) not in done.stderr
     said = json.loads(done.stdout)
     assert (said["proposed"], said["judged"]["images"], len(said["problems"])) == (2, 2, 1)
+    conn.execute("INSERT INTO structure (name) VALUES ('clot')")
     for arguments, code, text in (
-        (("--outer", "nobody"), 2, "--inner: nothing is said to lie inside nobody"),
-        (("--outer", "nobody", "--inner", "x"), 1, "nobody: no image has a mask of it"),
+        (("--outer", "nobody"), 2, "--outer 'nobody': there is none of this name; there are clot, inner, outer"),
+        (("--outer", "nobody", "--inner", "x"), 2, "--outer 'nobody': there is none of this name"),
+        (("--outer", "inner"), 2, "--inner: nothing is said to lie inside inner"),
+        (("--outer", "clot", "--inner", "x"), 1, "clot: no image has a mask of it"),
         (("--outer", "outer", "--inner", "outer"), 2, "cannot lie inside itself"),
         (("--outer", " "), 2, "--outer: is empty"),
     ):

@@ -216,9 +216,12 @@ class Harness:
                 if self.draw.random() < 0.75:  # else the next one comes while this one is being overcome
                     self.wait(self.moved(2 + self.draw.randrange(6)), f"the training does not go on after {fault}")
             self.wait(self.moved(1), "the training does not go on after the last fault")
+            # Stopped meanwhile, or on a busy machine they would be further by the time that they are told.
+            kill([trainer.pid for trainer in self.group], signal.SIGSTOP)
             last = max(epoch for _, epoch in self.counters()) + 12  # none of them is so far yet
             (self.folder / "new").write_text(str(last))
             (self.folder / "new").replace(self.folder / "last")
+            kill([trainer.pid for trainer in self.group], signal.SIGCONT)
             self.told.epochs = last
             self.wait(lambda: all(trainer.poll() == 0 for trainer in self.group), "the training does not end")
         finally:

@@ -1,0 +1,58 @@
+"""Who may read what: the schema `private` counts too."""
+
+from alembic import op
+
+revision = "0008"
+down_revision = "0007"
+branch_labels = None
+depends_on = None
+
+# As in 0005, and with the schema that holds the paths and names of a pseudonymized catalog.
+EXPOSURE = """
+CREATE OR REPLACE VIEW exposure AS
+WITH relation AS (
+    SELECT c.oid, c.relname, c.relowner, c.relkind = 'r' AS is_table, n.oid AS schema, n.oid <> own.oid AS private
+    FROM pg_namespace own
+    JOIN pg_namespace n ON n.oid = own.oid
+                        OR n.nspname = (CASE own.nspname WHEN 'public' THEN 'private' ELSE own.nspname || '_private' END)::name
+    JOIN pg_class c ON c.relnamespace = n.oid
+    WHERE own.oid = (SELECT relnamespace FROM pg_class WHERE oid = 'event'::regclass) AND c.relkind IN ('r', 'v')
+), may AS (
+    SELECT r.oid, r.rolname, r.rolcanlogin, r.rolsuper, c.relname, c.is_table, c.private, c.relowner = r.oid AS owned,
+           has_schema_privilege(r.oid, c.schema, 'USAGE') AND has_table_privilege(r.oid, c.oid, 'SELECT') AS reads,
+           has_schema_privilege(r.oid, c.schema, 'USAGE')
+           AND (has_table_privilege(r.oid, c.oid, 'INSERT, DELETE, TRUNCATE') OR has_any_column_privilege(r.oid, c.oid, 'INSERT, UPDATE')) AS writes
+    FROM pg_roles r CROSS JOIN relation c WHERE r.rolname !~ '^pg_'
+)
+SELECT m.rolname::text AS role, m.rolcanlogin AS may_log_in, m.rolsuper AS superuser,
+       (SELECT string_agg(g.rolname, ', ' ORDER BY g.rolname) FROM pg_auth_members k JOIN pg_roles g ON g.oid = k.roleid
+        WHERE k.member = m.oid) AS member_of,
+       CASE WHEN bool_and(m.reads OR m.private) THEN 'all' WHEN NOT bool_or(m.reads AND NOT m.private) THEN 'nothing'
+            WHEN count(*) FILTER (WHERE NOT m.reads AND NOT m.private) <= 3
+            THEN 'all but ' || string_agg(m.relname, ', ' ORDER BY m.relname) FILTER (WHERE NOT m.reads AND NOT m.private)
+            ELSE string_agg(m.relname, ', ' ORDER BY m.relname) FILTER (WHERE m.reads AND NOT m.private) END AS reads,
+       CASE WHEN bool_and(m.writes) FILTER (WHERE m.is_table AND NOT m.private) THEN 'all'
+            WHEN NOT bool_or(m.writes AND NOT m.private) THEN 'nothing'
+            WHEN count(*) FILTER (WHERE m.is_table AND NOT m.writes AND NOT m.private) <= 3
+            THEN 'all but ' || string_agg(m.relname, ', ' ORDER BY m.relname) FILTER (WHERE m.is_table AND NOT m.writes AND NOT m.private)
+            ELSE string_agg(m.relname, ', ' ORDER BY m.relname) FILTER (WHERE m.writes AND NOT m.private) END AS writes,
+       count(*) FILTER (WHERE m.owned) AS owns,
+       CASE WHEN bool_and(m.reads) FILTER (WHERE m.private) THEN 'all'
+            ELSE coalesce(string_agg(m.relname, ', ' ORDER BY m.relname) FILTER (WHERE m.private AND m.reads), 'nothing') END AS reads_private,
+       CASE WHEN bool_and(m.writes) FILTER (WHERE m.private) THEN 'all'
+            ELSE coalesce(string_agg(m.relname, ', ' ORDER BY m.relname) FILTER (WHERE m.private AND m.writes), 'nothing') END AS writes_private
+FROM may m
+GROUP BY m.oid, m.rolname, m.rolcanlogin, m.rolsuper HAVING bool_or(m.reads OR m.writes)
+ORDER BY m.rolsuper DESC, m.rolname;
+COMMENT ON COLUMN exposure.reads_private IS 'Of schema private, where the paths and names of a pseudonymized catalog lie: all, nothing, or which tables.';
+COMMENT ON COLUMN exposure.writes_private IS 'Of the same schema, the tables that it may change.'
+"""
+
+
+def upgrade() -> None:
+    for statement in EXPOSURE.split(";\n"):
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    raise RuntimeError("a view does not lose columns that somebody may read: restore a dump instead")
