@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=SCRATCH / "unet.pt")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the batches; torchrun starts them")
     arguments = parser.parse_args()
+    if arguments.resume and not arguments.checkpoint.exists():
+        parser.error(f"--resume: there is no checkpoint {arguments.checkpoint} yet; leave --resume out to begin")
     own_catalog("unet")
     if arguments.ranks > 1 and "RANK" not in os.environ:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)]

@@ -96,10 +96,7 @@ def _ask(sock: socket.socket, message: Message, path: Path, timeout_s: float) ->
     with contextlib.suppress(OSError):  # it refused before it heard anything, and said why
         messages.send(sock, message)
     try:
-        try:
-            reply, fds = messages.receive_fds(sock)
-        except ConnectionResetError:  # reported once, ahead of what the daemon said before it closed
-            reply, fds = messages.receive_fds(sock)
+        reply, fds = messages.receive_fds(sock)
     except TimeoutError:
         sock.close()
         raise FeedError(f"loaderd did not open the stream within {timeout_s:g} s; see `loaderd status`, or raise timeout_s=") from None
@@ -263,8 +260,6 @@ def ask(path: Path) -> Message | None:
                 messages.send(sock, {"op": "status", "after": after})
             try:
                 page = messages.receive(sock)
-            except ConnectionResetError:
-                continue  # reported once, ahead of what it said before it closed
             except OSError:
                 return None
             if page is None or page.get("ending"):

@@ -12,7 +12,8 @@ import typer
 from catalog.errors import UsageError
 from catalog.output import AsJson, DatabaseUrl, print_json, progress
 
-CONFIG = {"image": {"transform"}, "spacing": {"type", "subtype"}}
+CONFIG = {"image": ("transform",), "spacing": ("type", "subtype")}
+KEYS = (*CONFIG, "output_format")
 FORMATS = ("png", "jpg", "jpeg")
 
 
@@ -49,6 +50,10 @@ def sequence(
         typer.Option(metavar="FILE", help="JSON with image.transform, spacing.type, spacing.subtype, output_format.", show_default=False),
     ] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition over the view sample: which digits.", show_default=False)] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the labels that are digits, where several are numbers from 0 to 9.", show_default=False),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name, instead of numbering the new one.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Processes of a set; by default one a core.", show_default=False)] = None,
     database: DatabaseUrl = None,
@@ -86,12 +91,12 @@ def sequence(
     options = sequences.checked(chosen)
     seed = secrets.randbits(63) if seed is None else seed
     with open_database(database) as db:
-        pool = of_catalog.load(db, where)
+        pool = of_catalog.load(db, where, labels=labels)
     if count is not None:
         with progress("composing sequences") as update:
             path = sequence_files.dataset(
                 output, pool, options, count, seed,
-                database=database, where=where, overwrite=overwrite, jobs=jobs, progress=update,
+                database=database, where=where, labels=labels, overwrite=overwrite, jobs=jobs, progress=update,
             )  # fmt: skip
         made = pool.sequencer(options)
         about: dict[str, Any] = {"path": str(path), "count": count, "height": made.height, "width": made.width, "seed": seed}
@@ -137,13 +142,17 @@ def _config(path: Path | None) -> dict[str, Any]:
         raise UsageError(f"--config {path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"--config {path}: is no JSON: {error}") from None
-    if not isinstance(found, dict) or not set(found) <= {*CONFIG, "output_format"}:
-        raise UsageError(f"--config {path}: must be an object with image, spacing and output_format")
+    if not isinstance(found, dict):
+        raise UsageError(f"--config {path}: must be an object with {', '.join(KEYS)}")
+    if unknown := [key for key in found if key not in KEYS]:
+        raise UsageError(f"--config {path}: {unknown[0]!r} is no key; there are {', '.join(KEYS)}")
     said: dict[str, Any] = {}
     for name, keys in CONFIG.items():
         part = found.get(name, {})
-        if not isinstance(part, dict) or not set(part) <= keys:
-            raise UsageError(f"--config {path}: {name} must be an object with {' and '.join(sorted(keys))}")
+        if not isinstance(part, dict):
+            raise UsageError(f"--config {path}: {name} must be an object with {', '.join(keys)}")
+        if unknown := [key for key in part if key not in keys]:
+            raise UsageError(f"--config {path}: {unknown[0]!r} is no key of {name}; there is {', '.join(keys)}")
         said |= {key: value.lower() if isinstance(value, str) else value for key, value in part.items()}
     if "output_format" in found:
         said["format"] = str(found["output_format"]).lower()

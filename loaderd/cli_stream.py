@@ -90,13 +90,13 @@ def stream_create(
                 constants.of(conn, reading, stream_id, definition)
             if dry_run:
                 conn.rollback()
-    listed = ", ".join(f"{count} of {rows}×{columns}" for (rows, columns), count in found.items())
-    samples = count(sum(found.values()), "sample")
-    typer.echo(f"stream {name!r}{', not made: it' if dry_run else ''} has {samples} now{f' ({listed})' if found else ''}")
-    try:
-        selections.one_shape(found, definition)
-    except UsageError as error:
-        typer.echo(f"loaderd: nobody can be fed from it as it is now: {error}", err=True)
+        listed = ", ".join(f"{count} of {rows}×{columns}" for (rows, columns), count in found.items())
+        samples = count(sum(found.values()), "sample")
+        typer.echo(f"stream {name!r}{', not made: it' if dry_run else ''} has {samples} now{f' ({listed})' if found else ''}")
+        try:
+            selections.one_shape(reading, found, definition)
+        except UsageError as error:
+            typer.echo(f"loaderd: nobody can be fed from it as it is now: {error}", err=True)
 
 
 @app.command("list")

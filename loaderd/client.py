@@ -24,6 +24,7 @@ from loaderd.progress import Progress
 from loaderd.ring import Layout, Ring
 
 MAX_RANKS = 65_536
+LONGEST_S = 2_147_483  # poll(2) counts milliseconds in 32 bits
 _log = logging.getLogger("loaderd")
 _UNSET: Any = type("unset", (), {"__repr__": lambda self: "…"})()  # the stream's own, or the default
 
@@ -71,7 +72,7 @@ class Feed:
         run: The training's name in the ledger, the same on all ranks; without one a new name is made up.
         resume: Where to go on with a run that was fed before: a state (`state_dict`), or ``"last"``: behind what all ranks acknowledged.
         slots: Batches in the ring, 2 to 128; by default as many as fit 24 MiB (a cache), 4 to 16.
-        timeout_s: How long to wait for a batch, in seconds, before `FeedError`.
+        timeout_s: How long to wait for a batch, in seconds, before `FeedError`; up to 2147483, which is 24 days.
         progress: Show a line with the progress on stderr, if that is a terminal.
         database: A PostgreSQL URL; by default ``CATALOG_DATABASE_URL``, else the embedded database.
 
@@ -145,7 +146,7 @@ class Feed:
         run = state["run"] if state is not None else run
         if self.num_ranks > 1 and run is None:
             raise FeedError(f"num_ranks={self.num_ranks}: ranks share one run; pass run=NAME, the same on all of them")
-        self.timeout_s = timeout_s
+        self.timeout_s = timeout_s = _timeout(timeout_s)
         self._database = database
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may close the feed in the middle of a wait
@@ -158,7 +159,7 @@ class Feed:
         self._progress = Progress() if progress and self.rank == 0 else None  # ranks share a terminal
         self._attach: Message = {
             "op": "attach", "protocol": PROTOCOL, "version": __version__, "stream": stream,
-            "definition": {name: _plain(value) for name, value in definition.items() if value is not _UNSET},
+            "definition": {name: _plain(name, value) for name, value in definition.items() if value is not _UNSET},
             "rank": self.rank, "num_ranks": self.num_ranks, "run": run, "resume": state or resume, "slots": slots,
             "versions": {"scanfeed": __version__, "python": platform.python_version(), "numpy": np.__version__},
         }  # fmt: skip
@@ -417,8 +418,6 @@ class Feed:
                 message = messages.receive(self._sock)
             except BlockingIOError:
                 continue  # it was a slot that came back
-            except ConnectionResetError:
-                continue  # reported once, ahead of what the daemon said before it closed; then the end
             except OSError:
                 self._check()  # closed here, by a signal handler
                 message = None
@@ -517,6 +516,13 @@ def _ranks(rank: int | None, num_ranks: int | None) -> tuple[int, int]:
     return rank, num_ranks
 
 
+def _timeout(given: Any) -> float:
+    """Return seconds to wait."""
+    if isinstance(given, bool) or not isinstance(given, int | float | np.integer | np.floating) or not 0 < given <= LONGEST_S:
+        raise FeedError(f"timeout_s={given!r}: must be a number of seconds above 0, at most {LONGEST_S}")
+    return float(given)
+
+
 def _state(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state as the daemon takes it."""
     try:
@@ -528,10 +534,14 @@ def _state(given: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it: numpy's numbers and tuples come from users, too."""
+def _plain(argument: str, value: Any) -> Any:
+    """Return a value as JSON has it: numpy's numbers and arrays, and tuples come from users, too."""
     if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: _plain(argument, one) for name, one in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
-    return value.item() if isinstance(value, np.generic) else value
+        return [_plain(argument, one) for one in value]
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if not (value is None or isinstance(value, str | int | float | list)):
+        raise FeedError(f"{argument}: a {type(value).__name__} is nothing that can be kept with a stream; pass a text, a number or a list")
+    return value

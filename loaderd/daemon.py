@@ -17,7 +17,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections import deque
@@ -53,7 +52,9 @@ LEAVE_S = 10  # for the ledger's last rows when it ends
 def say(event: str, **details: object) -> None:
     """Write one line of the log to stderr: logfmt, one event a line."""
     fields = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), "event": event, **details}
-    print(" ".join(f"{name}={_quoted(value)}" for name, value in fields.items()), file=sys.stderr, flush=True)  # noqa: T201
+    line = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items())
+    with contextlib.suppress(OSError):  # a terminal that was closed, a full disk: no reason to stop feeding
+        os.write(2, f"{line}\n".encode(errors="replace"))
 
 
 def _quoted(value: object) -> str:
@@ -200,8 +201,10 @@ class Daemon:
         def take() -> None:
             if revoked != self.revoked:
                 say("revoked", images=len(revoked))
-            self.revoked -= self.revoked - revoked  # the streams hold this very set
-            self.revoked |= revoked
+                self.revoked = revoked
+                for consumer in self.consumers:
+                    if consumer.stream is not None:
+                        consumer.stream.revoke(revoked)
             for consumer in list(self.consumers):
                 if consumer.stream is not None and consumer.stream.stream_id in ended:
                     self._part(consumer, f"the stream {consumer.stream.name!r} was ended (loaderd stream end)")

@@ -20,6 +20,10 @@ FURTHEST = 8  # neighbours on each side
 # Fields of the first version; what came later is in a definition's JSON only where it says something, so digests stay as they were.
 FIRST = ("structures", "where", "limit", "include_flagged", "require", "batch_size", "seed", "shuffle", "tail", "dtype", "on_error")
 LISTS = ("structures", "origins", "readers", "size", "transforms")
+SUCH_AS = {  # what each of them must be
+    "structures": "a list, such as ['inner']", "origins": "a list, such as ['contour']", "readers": "a list, such as ['anna']",
+    "size": "(rows, columns)", "transforms": "a list, such as [{'name': 'rotate', 'limit': 15}]",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,12 +162,12 @@ class Definition:
         optional = ("readers", "size")
         for name, value in lists.items():
             if not isinstance(value, list) and not (value is None and name in optional):
-                raise UsageError(f"{name} must be a list")
+                raise UsageError(f"{name}={value!r}: must be {SUCH_AS[name]}")
         for name in ("where", "split", "snapshot", "labels"):
             if not (given.get(name) is None or isinstance(given[name], str)):
-                raise UsageError(f"{name} must be a text")
+                raise UsageError(f"{name}={given[name]!r}: must be a text")
         if not (given.get("sequences") is None or isinstance(given["sequences"], dict)):
-            raise UsageError("sequences must be a table of options, such as {length = [3, 8]}")
+            raise UsageError(f"sequences={given['sequences']!r}: must be options, such as {{'length': [3, 8]}}")
         return cls(**{**given, **{name: None if value is None else tuple(value) for name, value in lists.items()}})
 
     def whole(self) -> dict[str, Any]:

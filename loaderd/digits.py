@@ -1,5 +1,7 @@
 """The catalog's images of digits, as one array: all images with a label from 0 to 9, whatever data set they came with.
 
+Numbers from 0 to 9 may be something else, such as a BI-RADS category: where labels of several names are such numbers, one must be chosen.
+
 Which images show a 7 is asked of the database, so that flags, revocations and corrected labels count; the pixels are read by offset.
 What was read is kept in the user's cache (`catalog.cache`), under a name that says which state of the catalog it is of: after any change
 of the catalog there is no entry, and none can be stale. Processes that open the same entry share its memory.
@@ -32,10 +34,10 @@ FORMAT = 1  # of what is kept in the cache
 RUN = 1 << 24  # bytes read at a time
 DIGITS = tuple("0123456789")
 IMAGES = """
-SELECT s.sample_id, s.label, s.rows, s.columns, uuid_send(s.sample_key), l.file_id, l.byte_offset,
+SELECT s.sample_id, s.structure, s.label, s.rows, s.columns, uuid_send(s.sample_key), l.file_id, l.byte_offset,
        l.dtype IN ('|u1', 'u1') AND l.byte_length = s.rows * s.columns AND i.slope = 1 AND i.intercept = 0 AND NOT i.modality_lut
            AND coalesce(l.bits_stored, 8) = 8
-FROM (SELECT sample_id, sample_key, label, rows, columns FROM sample WHERE kind = 'label' AND label = ANY(%(digits)s) AND {}) s
+FROM (SELECT sample_id, sample_key, structure, label, rows, columns FROM sample WHERE kind = 'label' AND label = ANY(%(digits)s) AND {}) s
 JOIN image i ON i.id = s.sample_id JOIN location l ON l.image_id = s.sample_id AND l.preferred
 ORDER BY s.sample_key
 """
@@ -79,20 +81,22 @@ class Digits:
 
 
 @cache
-def once(database: str | None) -> Digits:
+def once(database: str | None, labels: str | None) -> Digits:
     """Return the digits of the catalog at a URL (None: as everywhere), read by this process once."""
     with open_database(database) as db:
-        return load(db)
+        return load(db, labels=labels)
 
 
-def load(database: Database, where: str | None = None) -> Digits:
+def load(database: Database, where: str | None = None, *, labels: str | None = None) -> Digits:
     """Return the digits of a catalog that feeds would feed: not revoked, no open error, an accepted label from 0 to 9.
 
     Args:
         where: A user's SQL condition over the view ``sample``; it runs under the login that cannot write.
+        labels: The name of the labels that are digits; None if the catalog has labels from 0 to 9 of one name only.
 
     Raises:
-        UsageError: If there is none, they are of several sizes or no plain 8-bit images, or the condition is none.
+        UsageError: If there is none, their labels are of several names, they are of several sizes or no plain 8-bit images, or the
+            condition is none.
         FileError: If a file is not the one that was catalogued, or cannot be read.
         DatabaseError: If the database is out of reach.
     """
@@ -101,17 +105,17 @@ def load(database: Database, where: str | None = None) -> Digits:
             state = conn.execute(
                 "SELECT (SELECT count(*) FROM catalog_change), (SELECT oid FROM pg_database WHERE datname = current_database())"
             ).fetchone()
-        key = hashlib.sha256("\0".join(map(str, (FORMAT, database.identity(), state, where))).encode()).hexdigest()
+        key = hashlib.sha256("\0".join(map(repr, (FORMAT, database.identity(), state, where, labels))).encode()).hexdigest()
 
         def make(out: BinaryIO) -> None:
-            _write(out, _read(database, where))
+            _write(out, _read(database, where, labels))
 
         try:
             fd = cached.default_cache().get(key, make)
         except FileError as error:
             if not error.code.startswith("cache-"):
                 raise
-            return _read(database, where)[0]  # as slow as the first time, each time
+            return _read(database, where, labels)[0]  # as slow as the first time, each time
         try:
             return _mapped(fd)
         finally:
@@ -120,27 +124,33 @@ def load(database: Database, where: str | None = None) -> Digits:
         raise explain(error, database) from error
 
 
-def _read(database: Database, where: str | None) -> tuple[Digits, list[list[Any]]]:
+def _read(database: Database, where: str | None, labels: str | None) -> tuple[Digits, list[list[Any]]]:
     """Return the digits, and the files that they were read from."""
     found, parameters = conditions(of_structures=True, origins=DRAWN)
+    if labels is not None:
+        found.append(sql.SQL("structure = %(labels)s"))
     with database.read_only() as reading:
         found += checked(reading, where, "sample")
         query = sql.SQL(IMAGES).format(sql.SQL(" AND ").join(found))
         reading.execute("SET LOCAL work_mem = '64MB'")
         reading.execute("SET LOCAL enable_nestloop = off")  # of 60,000 rows 150 are expected: 1.9 s, and 1.2 without
-        rows = reading.execute(query, {**parameters, "digits": list(DIGITS)}, binary=True).fetchall()
+        rows = reading.execute(query, {**parameters, "digits": list(DIGITS), "labels": labels}, binary=True).fetchall()
     if not rows:
         raise UsageError(
-            "the catalog has no image with a label from 0 to 9"
-            + (f" for which {where!r} holds" if where else "; take MNIST's files in: `catalog ingest FOLDER`")
+            f"the catalog has no image with a label {'' if labels is None else f'{labels!r} '}from 0 to 9"
+            + (f" for which {where!r} holds" if where else "" if labels else "; take MNIST's files in: `catalog ingest FOLDER`")
         )
-    numbers, labels, heights, widths, keys, file_ids, offsets, plain = zip(*rows, strict=True)
+    numbers, structures, shown, heights, widths, keys, file_ids, offsets, plain = zip(*rows, strict=True)
+    if len(names := sorted(set(structures))) > 1:
+        listed = ", ".join(map(repr, names[:5])) + ", …" * (len(names) > 5)
+        raise UsageError(
+            f"digits: labels of {len(names)} names are numbers from 0 to 9 ({listed}); choose one by labels={names[0]!r}, "
+            f'or by where="structure = {sql.Literal(names[0]).as_string()}"'
+        )
     shapes = set(zip(heights, widths, strict=True))
     if len(shapes) > 1:
         listed = ", ".join(f"{height}×{width}" for height, width in sorted(shapes))
         raise UsageError(f'digits: images of several sizes have labels from 0 to 9 ({listed}); choose, such as where="rows = 28"')
-    if len(set(numbers)) < len(rows):
-        raise UsageError("digits: an image has labels of two structures; choose, such as where=\"structure = 'label'\"")
     if not all(plain):
         raise UsageError(
             f"digits: {len(rows) - sum(map(bool, plain))} of {len(rows)} images are no plain 8-bit values in a file, and only such are "
@@ -156,7 +166,7 @@ def _read(database: Database, where: str | None) -> tuple[Digits, list[list[Any]
         some = some[np.argsort(at[some])]
         images[some] = _pixels(file, at[some], height * width).reshape(-1, height, width)
     found_keys = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
-    return Digits(images, np.array(list(map(int, labels)), np.uint8), np.array(numbers), found_keys), [file for _, *file in files]
+    return Digits(images, np.array(list(map(int, shown)), np.uint8), np.array(numbers), found_keys), [file for _, *file in files]
 
 
 def _pixels(file: list[Any], offsets: NDArray[np.int64], length: int) -> NDArray[np.uint8]:

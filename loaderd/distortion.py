@@ -20,7 +20,8 @@ CROPPED, CROP = 0.3, 0.25  # up to that share of each side is cut off, and the r
 JITTERED, JITTER = 0.15, (0.5, 0.6)  # px, each pixel for itself
 BLURRED, BLUR = 0.1, 0.5  # the largest sigma in px; the seed's 0.05 changes no pixel
 DROPPED, DROP = 0.3, 0.1  # the share of pixels
-AT_ONCE = 1_000  # digits a resampling: OpenCV counts rows in 16 bits
+SHARES = np.array([CROPPED, JITTERED, BLURRED, DROPPED])
+MOST_ROWS = 32_000  # a resampling: OpenCV counts them in 16 bits
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -42,16 +43,18 @@ def distort(digits: NDArray[np.uint8], words: Words, dropped_to: int) -> None:
         dropped_to: The value of dropped pixels.
     """
     chance = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    cropped, jittered, blurred, dropped = (chance[:, k] < p for k, p in enumerate((CROPPED, JITTERED, BLURRED, DROPPED)))
-    moved = np.flatnonzero(cropped | jittered)
-    for start in range(0, len(moved), AT_ONCE):
-        some = moved[start : start + AT_ONCE]
-        cut = np.where(cropped[some, None], chance[some, 4:8] * CROP, 0)
-        strength = np.where(jittered[some], JITTER[0] + (JITTER[1] - JITTER[0]) * chance[some, 8], 0)
-        digits[some] = _resampled(digits[some], cut, strength, words[some, 9])
-    if (some := np.flatnonzero(blurred)).size:
+    cropped, jittered, blurred, dropped = (chance[:, :4] < SHARES).T
+    moved = (cropped | jittered).nonzero()[0]
+    if moved.size:
+        cut = chance[:, 4:8] * CROP * cropped[:, None]
+        strength = (JITTER[0] + (JITTER[1] - JITTER[0]) * chance[:, 8]) * jittered
+        at_once = max(MOST_ROWS // digits.shape[1], 1)
+        for start in range(0, len(moved), at_once):
+            some = moved[start : start + at_once]
+            digits[some] = _resampled(digits[some], cut[some], strength[some], words[some, 9])
+    if (some := blurred.nonzero()[0]).size:
         digits[some] = _blurred(digits[some], chance[some, 10] * BLUR)
-    if (some := np.flatnonzero(dropped)).size:
+    if (some := dropped.nonzero()[0]).size:
         kept = _field(words[some, 11], digits[0].size).reshape(-1, *digits.shape[1:]) >= round(DROP * 2**16)
         digits[some] = np.where(kept, digits[some], np.uint8(dropped_to))
 
@@ -61,33 +64,39 @@ def _resampled(digits: NDArray[np.uint8], cut: NDArray[Any], strength: NDArray[A
     import cv2
 
     count, rows, columns = digits.shape
-    ys = cut[:, 0, None] * rows + (np.arange(rows) + 0.5) * (1 - cut[:, 0] - cut[:, 1])[:, None] - 0.5
-    xs = cut[:, 2, None] * columns + (np.arange(columns) + 0.5) * (1 - cut[:, 2] - cut[:, 3])[:, None] - 0.5
-    at = np.empty((2, count, rows, columns), np.float32)
+    low, high = cut[:, 0::2, None], cut[:, 1::2, None]  # (count, 2 axes, 1)
+    sides = np.array([[rows], [columns]])
+    lines = low * sides + (np.arange(max(rows, columns)) + 0.5) * (1 - low - high) - 0.5
     # In steps of 1/256 px, which a float32 holds exactly also in the last row of many digits: so where a digit lies changes no pixel.
     # Within its own digit: the one below begins a row further down.
-    at[0] = (np.rint(np.clip(xs, 0, columns - 1) * 256) / 256)[:, None, :]
-    at[1] = (np.rint(np.clip(ys, 0, rows - 1) * 256) / 256)[:, :, None]
-    if (some := np.flatnonzero(strength)).size:
-        away = _field(seeds[some], 2 * rows * columns).astype(np.float32).reshape(-1, 2, rows * columns)
+    lines = np.rint(np.minimum(np.maximum(lines, 0), sides - 1) * 256) / 256
+    at = np.empty((2, count, rows, columns), np.float32)  # x, y
+    at[0], at[1] = lines[:, 1, None, :columns], lines[:, 0, :rows, None]
+    if (some := strength.nonzero()[0]).size:
+        away = _field(seeds[some], 2 * rows * columns).astype(np.float32).reshape(-1, 2, rows, columns)
         away -= np.float32(2**15 - 0.5)
-        away *= (strength[some] * (256 / 2**15)).astype(np.float32)[:, None, None]
+        away *= (strength[some] * (256 / 2**15)).astype(np.float32)[:, None, None, None]
         np.rint(away, out=away)
         away *= np.float32(1 / 256)
         for axis, last in ((0, columns - 1), (1, rows - 1)):
-            at[axis, some] = np.clip(at[axis, some] + away[:, axis].reshape(-1, rows, columns), 0, last)
+            moved = away[:, axis]
+            moved += at[axis, some]
+            at[axis, some] = np.minimum(np.maximum(moved, 0, out=moved), np.float32(last), out=moved)
     at[1] += (np.arange(count, dtype=np.float32) * rows)[:, None, None]
-    stacked = at.reshape(2, count * rows, columns)
-    found = cv2.remap(digits.reshape(-1, columns), stacked[0], stacked[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    x, y = at.reshape(2, count * rows, columns)
+    found = cv2.remap(digits.reshape(-1, columns), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(found, np.uint8).reshape(digits.shape)
 
 
 def _blurred(digits: NDArray[np.uint8], sigma: NDArray[Any]) -> NDArray[np.uint8]:
     """Return digits under a Gaussian of three pixels: of sigma 0.5, what lies further out weighs 0.0003."""
     side = np.exp(-0.5 / np.maximum(sigma, 0.05) ** 2).astype(np.float32)[:, None, None]
-    padded = np.pad(digits.astype(np.float32), ((0, 0), (1, 1), (1, 1)))
-    across = (padded[:, :, 1:-1] + side * (padded[:, :, :-2] + padded[:, :, 2:])) / (1 + 2 * side)
-    down = (across[:, 1:-1] + side * (across[:, :-2] + across[:, 2:])) / (1 + 2 * side)
+    whole = 1 + 2 * side
+    count, rows, columns = digits.shape
+    padded = np.zeros((count, rows + 2, columns + 2), np.float32)
+    padded[:, 1:-1, 1:-1] = digits
+    across = (padded[:, :, 1:-1] + side * (padded[:, :, :-2] + padded[:, :, 2:])) / whole
+    down = (across[:, 1:-1] + side * (across[:, :-2] + across[:, 2:])) / whole
     return np.asarray(np.rint(down), np.uint8)
 
 

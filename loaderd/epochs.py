@@ -25,7 +25,10 @@ class Chunk:
 
 @dataclass(eq=False)
 class Batch:
-    """One batch on its way; `report` is the worker's, once it is decoded. `revoked`: places in it that are left out."""
+    """One batch on its way; `report` is the worker's, once it is decoded. `revoked`: places in it that are left out.
+
+    `taken_out`: how many digits of a stream of sequences were shown no more when it was handed out.
+    """
 
     epoch: Epoch
     index: int
@@ -35,6 +38,7 @@ class Batch:
     slot: int
     generation: int
     revoked: frozenset[int] = frozenset()
+    taken_out: int = 0
     killers: frozenset[int] = frozenset()  # places that are left out because they killed workers
     deaths: dict[int, int] = field(default_factory=dict)  # place → workers that died on it
     report: Message | None = None

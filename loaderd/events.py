@@ -13,10 +13,17 @@ from loaderd.shares import Span
 
 
 @dataclass(frozen=True, slots=True)
+class Pooled:
+    """The digits of a stream of sequences are in this memfd, which is the stream's to close from here on. Comes before `Opened`."""
+
+    pool: int
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """The stream is open: the shape of its images and how many samples it has now. No attempt: the run was fed before.
 
-    `labels`: numbers a sample. `pool`: a memfd with the digits of a stream of sequences, which is the stream's to close.
+    `labels`: numbers a sample.
     """
 
     definition: Definition
@@ -29,7 +36,6 @@ class Opened:
     attempt: Attempt | None
     labels: int
     constants: dict[str, Any]
-    pool: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,4 +81,4 @@ class Failed:
     error: CatalogError
 
 
-Event = Opened | Begun | Planned | Started | Fetched | Failed
+Event = Pooled | Opened | Begun | Planned | Started | Fetched | Failed

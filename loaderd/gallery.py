@@ -68,7 +68,7 @@ def look(database: Database, name: str, *, samples: int, epochs: int) -> Gallery
         stream_id, definition = named.find(conn, name)
         selections.check_where(reading, definition)
         shapes = selections.shapes(reading, definition)
-        size = definition.fixed_size or selections.one_shape(shapes, definition)
+        size = definition.fixed_size or selections.one_shape(reading, shapes, definition)
         kept = constants.of(conn, reading, stream_id, definition) if definition.looks_up else {}
         query, parameters = selections.selection(definition)
         chosen = sql.SQL("SELECT sample_id, annotation_ids, rows, columns FROM ({}) AS s ORDER BY sample_key LIMIT %(most)s").format(query)

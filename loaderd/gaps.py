@@ -117,7 +117,7 @@ class Spacing:
     def _spare(self, digits: int) -> int:
         """Return what the gaps have to share beyond the least, px."""
         assert self.width is not None
-        return self.width - self.widths(digits)[0]
+        return self.width - digits * self.side - self.gaps(digits) * self.low
 
 
 def ways(gaps: int, span: int, total: int) -> int:

@@ -63,14 +63,20 @@ def size(message: Message) -> int:
 
 
 def receive(sock: socket.socket) -> Message | None:
-    """Return the next message, None when the peer has closed. Raises BlockingIOError if there is none yet."""
-    data = sock.recv(LIMIT + 1)
+    """Return the next message, None when the peer has closed and all it said was heard. Raises BlockingIOError if there is none yet."""
+    try:
+        data = sock.recv(LIMIT + 1)
+    except ConnectionResetError:  # it closed with messages unread; Linux says so once, ahead of what it had said before
+        data = sock.recv(LIMIT + 1)
     return _parse(data) if data else None
 
 
 def receive_fds(sock: socket.socket) -> tuple[Message | None, list[int]]:
     """As `receive`, with the descriptors that came; they are the caller's to close."""
-    data, ancillary, flags, _ = sock.recvmsg(LIMIT + 1, FDS_SPACE, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(LIMIT + 1, FDS_SPACE, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        data, ancillary, flags, _ = sock.recvmsg(LIMIT + 1, FDS_SPACE, socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

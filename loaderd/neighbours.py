@@ -28,7 +28,7 @@ from psycopg import sql
 SAME_MM = 0.01  # as `catalog.images.number_phases` and `catalog.interpolate`
 WIDEST = 1.5  # times the usual distance: one missing slice is 2, the jitter of positions far below
 
-# What a work row says of an image; see `loaderd.supply`. Of the tables image i, instance n, location l, file f and view place pl.
+# What a work row says of an image; see `loaderd.work`. Of the tables image i, instance n, location l, file f and view place pl.
 LOCATION: LiteralString = (
     "i.id, encode(uuid_send(i.sample_key), 'hex'), pl.url, pl.path, f.size, f.mtime_ns, l.byte_offset, l.byte_length, l.dtype, i.slope, "
     "i.intercept, i.frame, i.rows, i.columns, n.sop_instance_uid, encode(i.pixel_hash, 'hex'), f.format, l.coding, l.bits_stored, "

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from psycopg import sql
 
 from catalog.database import Database
 from catalog.errors import UsageError
@@ -45,9 +44,11 @@ class Pool:
         self.alive = np.frombuffer(data, np.bool_, count, ids_end + count)
         self.images = np.frombuffer(data, np.uint8, count * rows * columns, ids_end + 2 * count).reshape(count, rows, columns)
 
-    def take_out(self, samples: Collection[int]) -> None:
-        """Let these samples not be shown any more."""
-        self.alive[np.isin(self.sample_ids, np.fromiter(samples, np.int64, len(samples)))] = False
+    def take_out(self, samples: Collection[int]) -> int:
+        """Let these samples not be shown any more; return how many of them were until now."""
+        gone = self.alive & np.isin(self.sample_ids, np.fromiter(samples, np.int64, len(samples)))
+        self.alive[gone] = False
+        return int(np.count_nonzero(gone))
 
 
 class Composer:
@@ -86,7 +87,8 @@ def make(database: Database, definition: Definition) -> tuple[int, tuple[int, in
     query, parameters = selection(definition)
     with database.read_only(timeout_s=SELECT_TIMEOUT_S) as reading:
         wanted = np.array([row[0] for row in reading.execute(query, parameters)], np.int64)
-    found = digits.load(database, _among(definition))
+    # Of a feed without labels the condition, if any, is one over images.
+    found = digits.load(database, definition.where if definition.labels is not None else None, labels=definition.labels)
     here = np.isin(found.sample_ids, wanted)
     if (missing := len(wanted) - np.count_nonzero(here)) > 0:
         raise UsageError(
@@ -111,11 +113,3 @@ def make(database: Database, definition: Definition) -> tuple[int, tuple[int, in
         os.close(fd)
         raise
     return fd, (sequencer.height, sequencer.width), sequencer.max_length
-
-
-def _among(definition: Definition) -> str | None:
-    """Return the condition over the view `sample` for the labels that the stream feeds: an image may have others, which are no digits."""
-    if definition.labels is None:  # its condition, if any, is one over images
-        return None
-    named = "structure = " + sql.Literal(definition.labels).as_string()
-    return named if definition.where is None else f"({definition.where}\n) AND {named}"

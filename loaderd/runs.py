@@ -14,7 +14,7 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg.rows import dict_row
 
-from catalog.errors import CatalogError, UsageError
+from catalog.errors import UsageError
 from loaderd.attempts import CONSUMER_LOCK, RUN_LOCK
 from loaderd.orders import ORDER_LOCK
 
@@ -111,10 +111,10 @@ def called(stream: int, name: str | None) -> str:
 
 
 def run_id(conn: Connection, run: str) -> int:
-    """Return the id of the run of that name, or raise CatalogError."""
+    """Return the id of the run of that name, or raise UsageError."""
     row = conn.execute("SELECT id FROM run WHERE name = %s", [run]).fetchone()
     if row is None:
-        raise CatalogError(f"there is no run {run!r} in this catalog; see `loaderd run list`")
+        raise UsageError(f"there is no run {run!r} in this catalog; see `loaderd run list`")
     return int(row[0])
 
 
@@ -245,8 +245,7 @@ def prune(
     by a daemon that died go, too.
 
     Raises:
-        UsageError: If no condition is given.
-        CatalogError: If there is no such run.
+        UsageError: If no condition is given, or there is no such run.
     """
     if run is None and older_than is None and keep is None:
         raise UsageError("prune: say what may go: --older-than 90d, --keep N (epochs of each run and stream) or --run RUN")

@@ -126,8 +126,8 @@ def shapes(conn: Connection, definition: Definition) -> dict[tuple[int, int], in
     return {(rows, columns): count for rows, columns, count in conn.execute(counted, parameters, prepare=True)}
 
 
-def one_shape(found: dict[tuple[int, int], int], definition: Definition) -> tuple[int, int]:
-    """Return the only (rows, columns), or raise UsageError saying which there are and what to pass."""
+def one_shape(conn: Connection, found: dict[tuple[int, int], int], definition: Definition) -> tuple[int, int]:
+    """Return the only (rows, columns) of `shapes`, or raise UsageError saying which there are and what to pass."""
     if not found:
         what = [f"structures={list(definition.structures)!r}" if definition.structures else "any image"]
         what += [
@@ -135,7 +135,11 @@ def one_shape(found: dict[tuple[int, int], int], definition: Definition) -> tupl
             for name in ("labels", "readers", "snapshot", "split", "where")
             if (value := getattr(definition, name)) is not None
         ]
-        raise UsageError(f"the stream is empty: no sample fits {', '.join(what)}; see `catalog status`")
+        there = [name for (name,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
+        named = (*definition.structures, *([definition.labels] if definition.labels is not None else []))
+        unknown = ", ".join(repr(name) for name in named if name not in there)
+        hint = f"of {unknown} the catalog has nothing; there are {', '.join(there) or 'none'}" if unknown else "see `catalog status`"
+        raise UsageError(f"the stream is empty: no sample fits {', '.join(what)}; {hint}")
     if len(found) > 1 and definition.fixed_size is None:
         listed = ", ".join(f"{rows}×{columns} ({count})" for (rows, columns), count in found.items())
         rows, columns = next(iter(found))

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catalog.database import open_database
+from catalog.destinations import naming
 from catalog.errors import CatalogError, UsageError
-from catalog.reading import FILES_PER_TASK, processes
+from catalog.processes import processes
 from loaderd import digits
 from loaderd.digits import Digits
 from loaderd.sequences import Composed
@@ -33,6 +34,7 @@ SETS = (".npz", ".h5", ".hdf5")
 PART = 1_000  # sequences
 QUALITY = 95  # of JPEG
 Progress = Callable[[int, int], None]
+MadeOf = tuple[str | None, str | None, str | None, dict[str, Any]]  # database, where, labels, options
 
 
 def picture(path: Path, image: NDArray[np.uint8], *, overwrite: bool) -> Path:
@@ -63,6 +65,7 @@ def dataset(
     *,
     database: str | None,
     where: str | None,
+    labels: str | None = None,
     overwrite: bool,
     jobs: int | None = None,
     progress: Progress = lambda done, total: None,
@@ -70,7 +73,8 @@ def dataset(
     """Write `number` sequences and return the file's path, which has a number where the name was taken.
 
     The file holds ``images`` uint8 (N, rows, columns), to be divided by 255; ``digits`` int8 (N, L) and ``boxes`` int16 (N, L, 4), -1
-    beyond a sequence; ``members`` int64 (N, L), the sample_ids; ``lengths`` and ``widths`` (N,); ``about``, JSON with options and seed.
+    beyond a sequence; ``members`` int64 (N, L), the sample_ids; ``lengths`` and ``widths`` (N,); ``about``, JSON with options, seed and
+    the name of the labels, if one was asked for.
 
     Raises:
         UsageError: If the name ends in none of .npz, .h5, .hdf5.
@@ -86,8 +90,8 @@ def dataset(
         needed()
     sequencer = pool.sequencer(options)
     shape = (number, sequencer.height, sequencer.width)
-    parts = _parts(pool, (database, where, sequencer.options), number, seed, jobs, progress)
-    about = json.dumps({"sequences": sequencer.options, "seed": seed, "part": PART, "divide_by": 255})
+    parts = _parts(pool, (database, where, labels, sequencer.options), number, seed, jobs, progress)
+    about = json.dumps({"sequences": sequencer.options, "seed": seed, "part": PART, "divide_by": 255, "labels": labels})
     with _placed(path, overwrite=overwrite) as (part, place):
         (_write_npz if suffix == ".npz" else _write_hdf5)(part, shape, parts, about)
     return place()
@@ -98,17 +102,20 @@ def _placed(path: Path, *, overwrite: bool) -> Iterator[tuple[Path, Callable[[],
     """Give a path to write to, and what says where it lies afterwards: under the name, or the next free one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     placed = path
+    with naming(path):
+        part.touch()
     try:
         yield part, lambda: placed
-        if overwrite:
-            part.replace(path)
-            return
-        for again in count(2):
-            try:
-                os.link(part, placed)  # unlike a rename it fails where a file is, also one that came just now
-                break
-            except FileExistsError:
-                placed = path.with_stem(f"{path.stem}-{again}")
+        with naming(path):
+            if overwrite:
+                part.replace(path)
+                return
+            for again in count(2):
+                try:
+                    os.link(part, placed)  # unlike a rename it fails where a file is, also one that came just now
+                    break
+                except FileExistsError:
+                    placed = path.with_stem(f"{path.stem}-{again}")
     finally:
         part.unlink(missing_ok=True)
 
@@ -116,14 +123,12 @@ def _placed(path: Path, *, overwrite: bool) -> Iterator[tuple[Path, Callable[[],
 # ------------------------------------------------------------------------------------------ composing
 
 
-def _parts(
-    pool: Digits, made_of: tuple[str | None, str | None, dict[str, Any]], number: int, seed: int, jobs: int | None, progress: Progress
-) -> Iterator[Composed]:
+def _parts(pool: Digits, made_of: MadeOf, number: int, seed: int, jobs: int | None, progress: Progress) -> Iterator[Composed]:
     """Yield the parts of a set in their order."""
     tasks = [(at // PART, min(PART, number - at)) for at in range(0, number, PART)]
     done = 0
     if len(tasks) == 1 or jobs == 1:
-        sequencer = pool.sequencer(made_of[2])
+        sequencer = pool.sequencer(made_of[-1])
         for task, size in tasks:
             yield sequencer.part(seed, task, size, dtype=np.uint8)
             progress(done := done + size, number)
@@ -131,7 +136,7 @@ def _parts(
     running: deque[Future[Composed]] = deque()
     waiting = deque(tasks)
     try:
-        with processes(jobs, len(tasks) * FILES_PER_TASK) as executor:
+        with processes(jobs, len(tasks)) as executor:
             while waiting or running:
                 # The parts on their way are the memory that it takes.
                 while waiting and len(running) <= 2 * (jobs or os.cpu_count() or 1):
@@ -143,15 +148,15 @@ def _parts(
         raise CatalogError(f"a process that composes died after {done} sequences; is there enough memory? fewer --jobs take less") from None
 
 
-_pool: dict[tuple[str | None, str | None], Digits] = {}  # of a composing process
+_pool: dict[tuple[str | None, str | None, str | None], Digits] = {}  # of a composing process
 
 
-def _part(made_of: tuple[str | None, str | None, dict[str, Any]], size: int, seed: int, number: int, sequences: int) -> Composed:
-    database, where, options = made_of
-    if (database, where) not in _pool:
+def _part(made_of: MadeOf, size: int, seed: int, number: int, sequences: int) -> Composed:
+    database, where, labels, options = made_of
+    if (database, where, labels) not in _pool:
         with open_database(database) as db:
-            _pool[database, where] = digits.load(db, where)
-    pool = _pool[database, where]
+            _pool[database, where, labels] = digits.load(db, where, labels=labels)
+    pool = _pool[database, where, labels]
     if len(pool.labels) != size:
         raise CatalogError("the catalog changed while the set was composed, and some digits may be shown no more; compose it again")
     return pool.sequencer(options).part(seed, number, sequences, dtype=np.uint8)

@@ -14,47 +14,30 @@ All of this runs in the daemon's loop and never waits. What the database has to 
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from catalog.errors import CatalogError
-from loaderd import decode, ring
+from loaderd import ring
+from loaderd.counters import Counters, Waits
 from loaderd.definitions import Definition
 from loaderd.epochs import Batch, Chunk, Epoch
-from loaderd.events import Begun, Event, Failed, Fetched, Opened, Planned, Started
+from loaderd.events import Begun, Event, Failed, Fetched, Opened, Planned, Pooled, Started
+from loaderd.memory import Memory
 from loaderd.messages import Message, MessageError, check_pairs, check_resume
 from loaderd.orders import Plan
 from loaderd.shares import Share
 from loaderd.supply import CHUNK, Supply
+from loaderd.unreadable import why_it_ends, words
 from loaderd.workers import Workers
-
-if TYPE_CHECKING:
-    from loaderd.pools import Pool
 
 FETCHED_AHEAD = 2 * CHUNK  # positions; a crash reports at most these and one chunk more as delivered than were
 PLANNED_AHEAD = 16  # epochs that a trainer may ask for and leave before they are planned
 DEADLY = 2  # workers that a sample may kill until it is left out
-NOT_THE_FILES = ("no-access", "colour", "label", "no-spacing", "too-large")  # what no flag on a file would explain
-UNREADABLE_SHARE = 0.01  # of an epoch; beyond it the storage is at fault, not single files
-
-
-@dataclass
-class Counters:
-    """What a stream did so far."""
-
-    batches: int = 0
-    samples: int = 0
-    bytes: int = 0
-    decoded: int = 0
-    by_offset: int = 0
-    opened: int = 0
-    unreadable: int = 0
-    revoked: int = 0
 
 
 class Stream:
@@ -74,8 +57,7 @@ class Stream:
         end: Callable[[CatalogError | str], None],
     ) -> None:
         self.number, self.supply, self.workers = number, supply, workers
-        self.counters = Counters()
-        self.seconds = {"trainer": 0.0, "decode": 0.0, "database": 0.0}
+        self.counters, self._waits = Counters(), Waits()
         self.definition: Definition | None = None
         self.layout: ring.Layout | None = None
         self.name: str | None = None
@@ -83,10 +65,7 @@ class Stream:
         self.run = ""
         self._slots, self._again, self._revoked, self._room = slots, again, revoked, room
         self._tell, self._end = tell, end
-        self._ring_fd = self._work_fd = -1
-        self._fds: tuple[int, ...] = ()
-        self._pool: Pool | None = None  # of a stream of sequences
-        self._taken_out = 0  # samples that were revoked when the pool was looked at
+        self._memory = Memory()
         self._free: deque[int] = deque()
         self._generation: list[int] = []
         self._leased: dict[int, int] = {}  # slot → generation that the trainer holds
@@ -96,8 +75,6 @@ class Stream:
         self._ahead = 0  # epochs that the trainer wants after the one it asked for
         self._beginning = False  # an attempt is being opened
         self._closed = False
-        self._since = time.monotonic()
-        self._waits_for = "trainer"
         self.attached = time.monotonic()
 
     # ------------------------------------------------------------------ from the database
@@ -106,10 +83,11 @@ class Stream:
         """Take what the supply thread posts."""
         if isinstance(event, Failed):
             self._end(event.error)
-        elif self._closed:
-            if isinstance(event, Opened) and event.pool is not None:  # the trainer left while it was made
-                os.close(event.pool)
-        else:
+        elif isinstance(event, Pooled):
+            self._memory.pool = event.pool
+            if self._closed:  # the trainer left while it was made
+                self._release_memory()
+        elif not self._closed:
             try:
                 self._take(event)
                 self._pump()
@@ -165,15 +143,10 @@ class Stream:
             sequences=definition.sequences is not None,
         )
         layout = replace(one, slots=self._slots or ring.default_slots(one))
-        try:
-            self._room(layout.size)
-            self._ring_fd = ring.create(layout)
-        except CatalogError:
-            if opened.pool is not None:
-                os.close(opened.pool)
-            raise
+        self._room(layout.size)
+        self._memory.make(layout)
+        self._memory.take_out(self._revoked)
         self.layout = layout
-        self._work_fd = os.memfd_create("loaderd-work", os.MFD_CLOEXEC)
         self._free.extend(range(self.layout.slots))
         self._generation = [0] * self.layout.slots
         opening = {
@@ -183,12 +156,7 @@ class Stream:
                 "sequences": definition.sequences, "statistics": opened.constants.get("statistics"),
             },
         }  # fmt: skip
-        self._fds = (self._ring_fd, self._work_fd) if opened.pool is None else (self._ring_fd, self._work_fd, opened.pool)
-        if opened.pool is not None:
-            from loaderd.pools import Pool
-
-            self._pool = Pool(opened.pool)
-        self.workers.open(self.number, opening, self._fds)
+        self.workers.open(self.number, opening, self._memory.descriptors)
         share = Share(opened.num_samples, definition.batch_size, self.supply.client.rank, self.supply.client.num_ranks, definition.tail)
         answer = {
             "op": "attached",
@@ -204,7 +172,7 @@ class Stream:
         }
         if opened.attempt is not None:
             answer |= _where(opened)
-        with ring.read_only(self._ring_fd) as fd:
+        with ring.read_only(self._memory.ring) as fd:
             self._tell(answer, (fd,))
         if opened.attempt is None:
             return
@@ -248,6 +216,11 @@ class Stream:
         fresh.begin_at(min(max(share.first_step, epoch.first), share.steps))
         self._epochs.insert(at, fresh)
         return fresh
+
+    def revoke(self, samples: AbstractSet[int]) -> None:
+        """Announce none of these samples from now on; what is decoded is decoded again without them."""
+        self._revoked = samples
+        self._memory.take_out(samples)
 
     # ------------------------------------------------------------------ from the trainer
 
@@ -317,7 +290,7 @@ class Stream:
     def _pump(self) -> None:
         if self._closed or self.layout is None:
             return
-        self._account()
+        self._waits.count()
         self._announce()
         for epoch in list(self._epochs):
             if epoch.plan is None or not (epoch.asked or self._ahead):
@@ -331,7 +304,7 @@ class Stream:
             if not epoch.all_fetched:
                 break
         self._begin_ahead()
-        self._waits_for = self._bottleneck()
+        self._waits.now_for(self._epochs[0] if self._epochs else None, free=bool(self._free))
 
     def _prepare(self, number: int) -> Epoch:
         epoch = Epoch(number)
@@ -392,17 +365,14 @@ class Stream:
         self._generation[batch.slot] += 1
         batch.generation = self._generation[batch.slot]
         batch.report = None
-        if self._pool is not None and len(self._revoked) != self._taken_out:
-            self._pool.take_out(self._revoked)
-            self._taken_out = len(self._revoked)
+        batch.taken_out = self._memory.taken_out
         batch.revoked = self._places(batch, self._revoked)
         batch.killers = self._places(batch, self._killers) - batch.revoked
         holes = batch.revoked | batch.killers
         work = batch.chunk.work[batch.at : batch.at + batch.span[1] - batch.span[0]]
         rows = b"[" + b",".join(b"null" if at in holes else row for at, (row, _) in enumerate(work)) + b"]"
         record = b"".join([rows, *(bits for at, (_, bits) in enumerate(work) if at not in holes)])
-        if os.pwrite(self._work_fd, record, batch.slot * decode.WORK_STRIDE) != len(record):
-            raise CatalogError(f"no memory for the work of a batch ({len(record)} bytes)")
+        self._memory.write_work(batch.slot, record)
         self._decoding += 1
         self.workers.submit(
             {
@@ -437,6 +407,10 @@ class Stream:
             if not self._decoding:
                 self._release_memory()
             return
+        if batch.epoch.dropped:
+            self._free.append(batch.slot)
+            self._pump()
+            return
         if report is None:
             self._end(f"epoch {batch.epoch.number}, batch {batch.index}: decoding it killed several workers; see the log")
             return
@@ -449,23 +423,22 @@ class Stream:
         self.counters.opened += report["opened"]
         for sample_id, root, path, size, mtime_ns, offset in report.get("changed", []):
             self.supply.moved(root, path, size, mtime_ns, offset, sample_id)
-        if batch.epoch.dropped:
-            self._free.append(batch.slot)
-        else:
-            batch.report = report
-            if unreadable:
-                said = [[place, sample, code, self.supply.words(code, message)] for place, sample, code, message in unreadable]
-                self._could_not_read(batch, said)
+        batch.report = report
+        if unreadable:
+            kept = self.supply.pseudonymized
+            said = [[place, sample, code, words(code, text, pseudonymized=kept)] for place, sample, code, text in unreadable]
+            self._could_not_read(batch, said)
         self._pump()
 
     def _died(self, batch: Batch) -> bool:
-        """A worker died on this batch. False: it is decoded without the sample that it died on, since that killed one before."""
-        assert self.layout is not None
+        """A worker died on this batch. False: it is not handed out again.
+
+        Either nobody wants it any more, or it is decoded without the sample that it died on, since that killed one before.
+        """
         if self._closed or batch.epoch.dropped:
-            return True
-        at = batch.slot * self.layout.stride + ring.WORKING_AT
-        place = int.from_bytes(os.pread(self._ring_fd, 8, at), "little", signed=True)
-        os.pwrite(self._ring_fd, b"\xff" * 8, at)  # the next one may die before it begins
+            self._safely(lambda: self._decoded(batch, None))
+            return False
+        place = self._memory.died_at(batch.slot)
         if place < 0:
             return True
         batch.deaths[place] = batch.deaths.get(place, 0) + 1
@@ -486,21 +459,11 @@ class Stream:
         epoch, plan = batch.epoch, batch.epoch.plan
         assert plan is not None and self.definition is not None
         where = f"epoch {epoch.number}, batch {batch.index}"
-        for _, sample_id, code, message in unreadable:
-            if code == "root-missing":
-                self._end(f"{where}: sample {sample_id}: {message}; mount it again; nothing was flagged")
-                return
-            if code.startswith("cache-") or code in NOT_THE_FILES:
-                self._end(f"{where}: sample {sample_id}: {message}; nothing was flagged")
-                return
+        if (why := why_it_ends(unreadable, epoch.unreadable, plan.num_samples, self.definition.on_error)) is not None:
+            self._end(f"{where}: {why}")
+            return
         epoch.unreadable += len(unreadable)
         self.counters.unreadable += len(unreadable)
-        if self.definition.on_error != "stop" and epoch.unreadable > UNREADABLE_SHARE * plan.num_samples:
-            self._end(
-                f"{where}: {epoch.unreadable} of {plan.num_samples} samples could not be read, the last with: {unreadable[-1][3]}; "
-                f"over 1 % is taken for a fault of the storage, and the feed stops; see `catalog ingest`"
-            )
-            return
         for _, sample_id, code, message in unreadable:
             self.supply.flag(sample_id, code, message)
         if self.definition.on_error == "stop":
@@ -524,8 +487,8 @@ class Stream:
             if batch is not None:
                 if batch.report is None or batch.chunk.ledger_id is None:
                     return
-                if self._revoked and self._places(batch, self._revoked) != batch.revoked:  # since it was decoded
-                    self._submit(batch)
+                if batch.taken_out != self._memory.taken_out or self._places(batch, self._revoked) != batch.revoked:
+                    self._submit(batch)  # something was revoked since it was decoded
                     return
                 del epoch.batches[batch.index]
                 epoch.announced_to += 1
@@ -591,23 +554,6 @@ class Stream:
         if chunk.ledger_id is not None:
             self.supply.settle(chunk.ledger_id, epoch.spans(chunk, epoch.announced_to), epoch.spans(chunk, epoch.acknowledged_to))
 
-    # ------------------------------------------------------------------ who waits for whom
-
-    def _account(self) -> None:
-        now = time.monotonic()
-        self.seconds[self._waits_for] += now - self._since
-        self._since = now
-
-    def _bottleneck(self) -> str:
-        """Return what the feed waits for now: the trainer, decoding or the database."""
-        epoch = self._epochs[0] if self._epochs else None
-        if epoch is None or not epoch.asked or epoch.ended or epoch.announced_to > epoch.acknowledged_to:
-            return "trainer"
-        batch = epoch.batches.get(epoch.announced_to)
-        if batch is not None:
-            return "decode" if batch.report is None else "database"
-        return "trainer" if epoch.waiting and not self._free else "database"
-
     # ------------------------------------------------------------------ the end
 
     def close(self, reason: str | None = None) -> None:
@@ -622,21 +568,18 @@ class Stream:
             self._release_memory()
 
     def _release_memory(self) -> None:
-        if self._ring_fd >= 0:
+        if self._memory.ring >= 0:
             self.workers.forget(self.number)
-            for fd in self._fds:
-                os.close(fd)
-            self._ring_fd = self._work_fd = -1
-            self._pool = None  # its mapping has a descriptor of its own
+        self._memory.close()
 
     @property
     def ring_bytes(self) -> int:
         """Bytes of the ring, while there is one."""
-        return self.layout.size if self.layout and self._ring_fd >= 0 else 0
+        return self.layout.size if self.layout and self._memory.ring >= 0 else 0
 
     def status(self) -> Message:
         """Return what `loaderd status` shows of this stream."""
-        self._account()
+        self._waits.count()
         epoch = self._epochs[0] if self._epochs else None
         share = epoch.share if epoch else None
         return {
@@ -657,7 +600,7 @@ class Stream:
             "free": len(self._free),
             "decoding": self._decoding,
             "ring_bytes": self.ring_bytes,
-            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+            "seconds": {name: round(seconds, 3) for name, seconds in self._waits.seconds.items()},
             "attached_s": round(time.monotonic() - self.attached, 1),
             **self.counters.__dict__,
         }

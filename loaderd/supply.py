@@ -1,9 +1,7 @@
 """The threads of a stream that speak with the database: one fetches work and keeps the ledger, one plans the epochs to come.
 
 The daemon's loop must never wait for PostgreSQL. It puts commands into a queue; a thread carries them out one after the other and
-posts what came of them. Planning has a thread of its own, since a plan takes as long as fetching several thousand samples. Work is
-fetched about 1,000 positions at a time by one query, in which the server itself writes each sample's row as JSON: here it is passed
-on to the workers unread.
+posts what came of them. Planning has a thread of its own, since a plan takes as long as fetching several thousand samples.
 """
 
 from __future__ import annotations
@@ -22,29 +20,22 @@ from importlib import metadata
 from typing import Any
 
 import psycopg
-from psycopg import sql
 
 from catalog import __version__
-from catalog.database import Database, explain
-from catalog.errors import CatalogError, DatabaseError, UsageError
-from catalog.terms import REASON, REASONS
-from loaderd import attempts, ledger, named, orders, selections
+from catalog.database import Database
+from catalog.errors import CatalogError, UsageError
+from loaderd import attempts, ledger, named, orders, selections, unreadable
 from loaderd.attempts import Attempt
 from loaderd.definitions import Definition, settled
-from loaderd.events import Begun, Event, Failed, Fetched, Opened, Planned, Started
+from loaderd.events import Begun, Event, Failed, Fetched, Opened, Planned, Pooled, Started
 from loaderd.messages import Message
-from loaderd.neighbours import Neighbours, with_neighbours
 from loaderd.orders import Plan
+from loaderd.outages import LEAVE_S, Command, Outages, gone
 from loaderd.shares import Share, Span
-from loaderd.work import work_query
+from loaderd.work import Work
 
 CHUNK = 1_024  # positions a query, rounded down to whole batches
-KEPT = 16_384  # samples: streams of up to so many keep their work (about 1 KB a sample) while the catalog stands still
-OWN_CODES = ("root-missing", "colour", "shape", "changed")  # whose words are decode.py's own
-OUTAGE_S = 300  # how long PostgreSQL may be out of reach until a stream ends
 BREAK_OFF_S = 0.1  # how often a plan that is in the way is broken off
-RETRY_S = 0.2
-LEAVE_S = 10  # the same while the trainer is gone already
 UNSURE_S = 2.0  # commits that did not wait for the disk are made again after a crash of PostgreSQL if they are younger
 
 WORK_MEMORY = "64MB"  # for the sort of a chunk, which would spill to disk with PostgreSQL's 4 MB (59 ms a chunk, then 43)
@@ -68,9 +59,6 @@ class Client:
         return f"{socket.gethostname()}:{self.pid}"
 
 
-Command = Callable[[], Event | None]
-
-
 class Supply:
     """Carries out a stream's commands in order; `post` is called with what came of them, from its threads.
 
@@ -78,10 +66,10 @@ class Supply:
     """
 
     def __init__(self, database: Database, asked: Message, client: Client, post: Callable[[Event], None], say: Callable[..., None]) -> None:
-        self.database, self.asked, self.client, self.post, self._say = database, asked, client, post, say
-        self.outage_since: float | None = None
+        self.database, self.asked, self.client, self.post = database, asked, client, post
         self.definition: Definition
         self.attempt: Attempt
+        self.pseudonymized = False  # the catalog is
         self.reason: str | None = None  # why the trainer left
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._plans: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -91,18 +79,14 @@ class Supply:
         self._planner: orders.Planner | None = None
         self._begun = -1  # the last epoch that was asked for
         self._ahead: tuple[int, int] | None = None  # (epoch_id, ledger_id) of the epoch that was begun before it is asked for
-        self._work: sql.Composed
-        self._around: Neighbours | None = None
+        self._work: Work
         self._shape: tuple[int, int] | None = None
         self._constants: dict[str, Any] = {}
         self._num_samples = 0
         self._closing = threading.Event()
-        self._pseudonymized = False
+        self._outages = Outages(database, client.pid, self._closing, say)
         self._again = False  # this command is carried out a second time
-        self._given_up = False  # PostgreSQL is away for good
-        self._unsure: deque[tuple[float, Command]] = deque()
-        self._kept: dict[int, tuple[bytes, bytes]] = {}
-        self._kept_for = -1  # the change counter of the plan that the kept work belongs to
+        self._unsure: deque[tuple[float, Callable[[], None]]] = deque()
         self._thread = threading.Thread(target=self._run, name="supply", daemon=True)
         self._thread.start()
 
@@ -157,21 +141,27 @@ class Supply:
 
     def flag(self, sample_id: int, code: str, message: str) -> None:
         """Flag the file of an image that could not be read."""
-        self._commands.put(lambda: self._flag(sample_id, code, message))
+
+        def flag() -> None:
+            unreadable.flag(self._conn, sample_id, code, message)
+            self._conn.commit()
+
+        self._commands.put(flag)
 
     def moved(self, root: str, path: str, size: int, mtime_ns: int, offset: int | None, sample_id: int) -> None:
         """Bring up the row of a file whose size or time changed around the same pixels."""
-        self._commands.put(lambda: self._moved(root, path, size, mtime_ns, offset, sample_id))
+
+        def moved() -> None:
+            unreadable.moved(self._conn, root, path, size, mtime_ns, offset, sample_id)
+            self._conn.commit()
+
+        self._commands.put(moved)
 
     def close(self, reason: str | None = None) -> None:
         """Carry out what settles the ledger, then end; what would feed more is left out."""
         self.reason = reason or self.reason
         self._closing.set()
         self._commands.put(None)
-
-    def words(self, code: str, message: str) -> str:
-        """Return why a file could not be read, in words that may be kept: decoders quote what they read."""
-        return REASONS.get(code, REASON) if self._pseudonymized and code not in OWN_CODES else message
 
     @property
     def alive(self) -> bool:
@@ -182,6 +172,11 @@ class Supply:
     def leaving(self) -> bool:
         """Is its trainer gone?"""
         return self._closing.is_set()
+
+    @property
+    def outage_since(self) -> float | None:
+        """When PostgreSQL was lost, by the monotonic clock; None while it is in reach."""
+        return self._outages.since
 
     @property
     def planning(self) -> int:
@@ -196,18 +191,18 @@ class Supply:
 
     def _run(self) -> None:
         """Open the stream, then carry out commands until `close`."""
-        planning = threading.Thread(target=self._carry_out, args=(self._plans,), name="planner", daemon=True)
+        planning = threading.Thread(target=self._carry_out, args=(self._plans, self._regain_planner), name="planner", daemon=True)
         try:
-            if not self._closing.is_set() and self._guarded(self._open):
+            if not self._closing.is_set() and self._guarded(self._open, None):
                 planning.start()
-                self._carry_out(self._commands)
+                self._carry_out(self._commands, self._regain)
                 self._plans.put(None)
                 planning.join(BREAK_OFF_S)
                 while planning.is_alive():
                     self._break_off()
                     planning.join(BREAK_OFF_S)
             if self._consumer_id:
-                self._guarded(self._leave)
+                self._guarded(self._leave, self._regain)
         finally:
             if hasattr(self, "_conn"):
                 self._conn.close()
@@ -219,38 +214,15 @@ class Supply:
         if self._planner is not None and self._planner.epoch is not None and self._planner.epoch > self._begun:
             self._planner.cancel()
 
-    def _carry_out(self, commands: queue.SimpleQueue[Command | None]) -> None:
+    def _carry_out(self, commands: queue.SimpleQueue[Command | None], regain: Callable[[], None]) -> None:
         """Carry out commands until `close`; after one that failed what settles the ledger still counts, the others are left out."""
         while (command := commands.get()) is not None:
-            if not self._given_up:
-                self._guarded(command)
+            if not self._outages.given_up:
+                self._guarded(command, regain)
 
-    def _guarded(self, command: Command) -> bool:
-        """Carry out one command and post what came of it; False if it failed, which is posted too and ends the stream.
-
-        If PostgreSQL goes away under it, it is carried out again when that is back: each can be, whether or not it was committed.
-        """
-        lost: float | None = None
-        event: Event | None
-        while True:
-            try:
-                if lost is not None:
-                    self._regain(lost)
-                event = command()
-                break
-            except (psycopg.Error, DatabaseError) as error:
-                if self._closing.is_set() and isinstance(error, psycopg.errors.QueryCanceled):
-                    event = None  # broken off, since nobody needs it
-                    break
-                if _gone(error) and command != self._open:
-                    lost = lost or time.monotonic()
-                    continue
-                event = Failed(explain(error, self.database) if isinstance(error, psycopg.Error) else error)
-            except CatalogError as error:
-                event = Failed(error)
-            except Exception as error:  # a bug of ours must not leave a trainer waiting for ever
-                event = Failed(CatalogError(f"{type(error).__name__}: {error}; this is a bug in scanfeed"))
-            break
+    def _guarded(self, command: Command, regain: Callable[[], None] | None) -> bool:
+        """Carry out one command and post what came of it; False if it failed, which is posted too and ends the stream."""
+        event = self._outages.carry_out(command, regain)
         if threading.current_thread() is self._thread:
             self._again = False
             if isinstance(event, Failed) and hasattr(self, "_conn"):
@@ -262,43 +234,25 @@ class Supply:
             self.post(event)
         return not isinstance(event, Failed)
 
-    def _regain(self, lost: float) -> None:
-        """Connect again, and make again what may not have reached the disk.
+    def _regain(self) -> None:
+        """Connect again, and make again what may not have reached the disk; from the thread that fetches.
 
         Raises:
-            CatalogError: If PostgreSQL is away for too long, or another attempt was opened meanwhile.
+            CatalogError: If another attempt was opened meanwhile, or PostgreSQL does not let go of the old connection.
         """
-        if self.outage_since is None:
-            self._say("PostgreSQL is out of reach; what is reserved is fed, the rest waits", peer=self.client.pid)
-        self.outage_since = self.outage_since or lost
-        while True:
-            try:
-                if threading.current_thread() is self._thread:
-                    self._conn.close()
-                    self._conn = self._connect()
-                    self._hold()
-                    for _, command in list(self._unsure):
-                        command()
-                    self._again = True
-                elif self._planner is not None:
-                    with self._planning:  # the other thread may plan with it
-                        self._planner.close()
-                        self._planner.connect()
-                if self.outage_since is not None:
-                    self._say("PostgreSQL is back", peer=self.client.pid, after_s=f"{time.monotonic() - lost:.2f}")
-                self.outage_since = None
-                return
-            except (psycopg.Error, DatabaseError) as error:
-                if not _gone(error):
-                    raise
-                away = time.monotonic() - lost
-                if away > (LEAVE_S if self._closing.is_set() else OUTAGE_S):
-                    self._given_up = True
-                    raise CatalogError(
-                        f"{self.database.name}: out of reach for {away:.0f} s, so no more can be fed; "
-                        f"open a new Feed with this one's state when it is back"
-                    ) from error
-                time.sleep(RETRY_S)
+        self._conn.close()
+        self._conn = self._connect()
+        self._hold()
+        for _, command in list(self._unsure):
+            command()
+        self._again = True
+
+    def _regain_planner(self) -> None:
+        """Connect again; from the thread that plans."""
+        if self._planner is not None:
+            with self._planning:  # the other thread may plan with it
+                self._planner.close()
+                self._planner.connect()
 
     def _hold(self) -> None:
         """Take the consumer's lock again, unless a newer attempt was opened meanwhile."""
@@ -352,7 +306,7 @@ class Supply:
             named.compare(name, self.definition, given.whole())
         if client.uid != os.getuid() and any(one["name"] == "user" for one in self.definition.transforms):
             raise UsageError("transforms: user: this daemon is another user's, and calls no functions for you; run one of your own")
-        self._pseudonymized = self._conn.execute("SELECT EXISTS (SELECT FROM pseudonymization)").fetchone() == (True,)
+        self.pseudonymized = self._conn.execute("SELECT EXISTS (SELECT FROM pseudonymization)").fetchone() == (True,)
         with self.database.read_only(timeout_s=selections.SELECT_TIMEOUT_S) as reading:
             selections.check_where(reading, self.definition)
             if name is None:
@@ -363,7 +317,7 @@ class Supply:
             found = attempts.seen(self._conn, stream_id, going_on=going_on) if going_on or self.definition.where is None else None
             if found is None:
                 shapes = selections.shapes(reading, self.definition)
-                found = (*selections.one_shape(shapes, self.definition), sum(shapes.values()))
+                found = (*selections.one_shape(reading, shapes, self.definition), sum(shapes.values()))
             if self.definition.looks_up:
                 from loaderd import constants
 
@@ -371,28 +325,23 @@ class Supply:
         *shape, self._num_samples = found
         self._shape = (shape[0], shape[1]) if self.definition.fixed_size is None else None
         fed_as = self.definition.fixed_size or (shape[0], shape[1])
-        self._work = work_query(self.definition)
-        self._around = Neighbours(self.definition.context) if self.definition.context else None
-        pool, labels = None, int(self.definition.labels is not None)
+        self._work = Work(self.definition, self._constants.get("classes"))
+        labels = int(self.definition.labels is not None)
         if self.definition.sequences is not None:
             from loaderd import pools
 
             pool, fed_as, labels = pools.make(self.database, self.definition)
-        try:
-            self._consumer_id = attempts.attach(
-                self._conn, stream_id, rank=client.rank, num_ranks=client.num_ranks, pid=client.pid, uid=client.uid,
-                daemon_pid=os.getpid(), versions=client.versions,
-            )  # fmt: skip
-            self._conn.commit()
-            run = asked.get("run") or attempts.unused_name(self._conn)
-            attempt = self._first_attempt(stream_id, run)
-        except BaseException:
-            if pool is not None:
-                os.close(pool)
-            raise
+            self.post(Pooled(pool))  # at once, so that it has an owner whatever goes wrong from here on
+        self._consumer_id = attempts.attach(
+            self._conn, stream_id, rank=client.rank, num_ranks=client.num_ranks, pid=client.pid, uid=client.uid,
+            daemon_pid=os.getpid(), versions=client.versions,
+        )  # fmt: skip
+        self._conn.commit()
+        run = asked.get("run") or attempts.unused_name(self._conn)
+        attempt = self._first_attempt(stream_id, run)
         return Opened(
             self.definition, stream_id, name, run, *fed_as, num_samples=self._num_samples, attempt=attempt, labels=labels,
-            constants=self._constants, pool=pool,
+            constants=self._constants,
         )  # fmt: skip
 
     def _first_attempt(self, stream_id: int, run: str) -> Attempt | None:
@@ -507,29 +456,13 @@ class Supply:
         spans = self.share(plan).spans(*steps)
         if not self._stored(plan, spans[-1][1]):
             return None if self._closing.is_set() else self._plan(plan.epoch)
-        if plan.catalog_changes != self._kept_for:
-            self._kept, self._kept_for = {}, plan.catalog_changes
-            if self._around is not None:
-                self._around.forget()
-        samples = self._samples(plan, spans)
-        if len(samples) < sum(end - first for first, end in spans):  # another rank planned it again, or a crash of PostgreSQL took it
+        found = self._work.fetch(self._conn, plan, spans)
+        if found is None:  # another rank planned it again, or a crash of PostgreSQL took it
             planned = self._plan(plan.epoch)
             if planned.plan.epoch_id == plan.epoch_id:
                 raise CatalogError(f"epoch {plan.epoch}: its stored order has holes; see `loaderd audit`")
             return planned
-        work = [kept for sample in samples if (kept := self._kept.get(sample)) is not None]
-        if len(work) < len(samples):
-            parameters: dict[str, Any] = {"epoch": plan.epoch_id, "first": spans[0][0], "end": spans[-1][1], "part": orders.PART}
-            if self.definition.labels is not None:
-                parameters["classes"] = self._constants.get("classes")
-            with self._conn.cursor(binary=True) as cursor:
-                work = cursor.execute(self._work, {**parameters, "positions": ledger.multirange(spans)}, prepare=True).fetchall()
-            if len(work) < len(samples):
-                raise CatalogError(f"epoch {plan.epoch}: of {len(samples)} positions only {len(work)} have an image; was a patient erased?")
-            if self._around is not None:
-                work = with_neighbours(work, self._around.rows(self._conn, samples))
-            if plan.num_samples <= KEPT:
-                self._kept.update(zip(samples, work, strict=True))
+        samples, work = found
         ledger_id = self._reserve(plan, steps) if reserve else None
         self._conn.commit()
         return Fetched(plan, steps, work, samples, ledger_id)
@@ -540,7 +473,7 @@ class Supply:
             try:
                 plan.wait_for(positions)
             except psycopg.Error as error:
-                if not _gone(error):
+                if not gone(error):
                     raise
                 return False
             return True
@@ -558,40 +491,6 @@ class Supply:
             time.sleep(0.01)
         return True
 
-    def _samples(self, plan: Plan, spans: Sequence[Span]) -> list[int]:
-        """Return the sample ids at some positions."""
-        first, last = spans[0][0] // orders.PART, (spans[-1][1] - 1) // orders.PART
-        parts = self._conn.execute(
-            "SELECT sample_ids FROM epoch_order WHERE epoch_id = %s AND part BETWEEN %s AND %s ORDER BY part",
-            [plan.epoch_id, first, last],
-            binary=True,
-        )
-        samples = [sample for (part,) in parts for sample in part]
-        base = first * orders.PART
-        return [sample for start, end in spans for sample in samples[start - base : end - base]]
-
-    def _flag(self, sample_id: int, code: str, message: str) -> None:
-        self._conn.execute(
-            "INSERT INTO flag (rule, severity, detail, file_id, raised_by) "
-            "SELECT 'FEED-UNREADABLE', 'error', %s, file_id, 'loaderd' FROM location WHERE image_id = %s AND preferred "
-            "ON CONFLICT DO NOTHING",
-            [f"{code}: {message}", sample_id],
-        )
-        self._conn.commit()
-
-    def _moved(self, root: str, path: str, size: int, mtime_ns: int, offset: int | None, sample_id: int) -> None:
-        row = self._conn.execute(
-            "UPDATE file f SET size = %s, mtime_ns = %s FROM location l JOIN place pl ON pl.file_id = l.file_id "
-            "WHERE l.image_id = %s AND l.file_id = f.id AND pl.url = %s AND pl.path = %s RETURNING f.id",
-            [size, mtime_ns, sample_id, root, path],
-        ).fetchone()
-        if row is not None:
-            self._conn.execute(
-                "UPDATE location SET byte_offset = %s WHERE image_id = %s AND file_id = %s AND dtype IS NOT NULL AND byte_offset <> %s",
-                [offset, sample_id, row[0], offset],
-            )
-        self._conn.commit()
-
     def _leave(self) -> None:
         self._conn.rollback()  # of a command that failed
         self._forget_provisional()
@@ -604,15 +503,6 @@ class Supply:
         if hasattr(self, "attempt"):
             attempts.forget_provisional(self._conn, self.attempt, self._consumer_id)
             self._conn.commit()
-
-
-def _gone(error: psycopg.Error | DatabaseError) -> bool:
-    """Is this the end of the connection or the server, and not of the statement?"""
-    if isinstance(error, DatabaseError):
-        return True
-    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) or isinstance(error, psycopg.errors.QueryCanceled):
-        return False
-    return error.sqlstate is None or error.sqlstate[:2] in ("57", "08")
 
 
 def _versions(conn: psycopg.Connection[tuple[Any, ...]]) -> dict[str, str]:

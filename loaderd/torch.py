@@ -51,6 +51,8 @@ class FeedDataset(Arrays, IterableDataset[Any]):  # type: ignore[misc]
 
     def __init__(self, feed: Feed, *, device: str | Any = "cpu", fields: Sequence[str] | None = None, copy: bool = True) -> None:
         super().__init__(feed, fields=fields)
+        if type(copy) is not bool:
+            raise UsageError(f"copy={copy!r}: must be True or False")
         self._device = _device(device)
         self._copy = copy
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

@@ -380,8 +380,10 @@ def test_a_forged_return_takes_nothing(serve: Serve, conn: psycopg.Connection) -
     )
     with Feed(**definition, run="hers", slots=3) as feed:  # type: ignore[arg-type]
         held = [batch for _, batch in zip(range(3), feed.epoch(), strict=False)]
-        # What it acknowledged is written within a second; then nothing is until it takes the next one.
-        assert wait_until(lambda: conn.execute("SELECT acknowledged FROM epoch_coverage").fetchone() == (4,))
+        # What it acknowledged is written within a second, and the order of the next epoch when it likes; then nothing is until it takes
+        # the next one.
+        written = "SELECT (SELECT acknowledged FROM epoch_coverage), (SELECT count(*) FROM epoch WHERE order_sha256 IS NOT NULL)"
+        assert wait_until(lambda: conn.execute(written).fetchone() == (4, 2))
         before = conn.execute(kept.encode()).fetchone()
         forged = []
         for rank, num_ranks in ((0, 1), (1, 2), (3, 9)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,15 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psycopg
 import pytest
 
-from loaderd import Batch, Feed, FeedError
+from loaderd import Batch, Feed, FeedError, attach
 from loaderd.workers import python
 from tests.processes import commands, daemons, kill, wait_until, workers
 
@@ -121,12 +124,45 @@ def test_killed_trainer_gives_everything_back(serving: subprocess.Popen[str], lo
     )
 
 
+LAST_WORDS = """
+import sys, time, loaderd
+fed = loaderd.Feed(structures=["inner"], batch_size=1, slots=6).epochs(50)
+next(fed)
+print("began", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    next(fed)
+print("took", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_trainer_acknowledged_last_counts(serving: subprocess.Popen[str], loaderd: Run, conn: psycopg.Connection) -> None:
+    """Linux reports its death ahead of what it had said if it left messages unread; its acknowledgements are in the ledger all the same."""
+    command = [sys.executable, "-c", LAST_WORDS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline() == "began\n"
+        assert wait_until(lambda: json.loads(loaderd("status", "--json").stdout)["streams"][0]["leased"] == 6)
+        [daemon] = daemons_alone()
+        os.kill(daemon, signal.SIGSTOP)
+        assert trainer.stdin is not None
+        trainer.stdin.write("\n")
+        trainer.stdin.flush()
+        assert trainer.stdout.readline() == "took\n"  # two of six are unread
+        trainer.kill()
+        trainer.wait()
+        os.kill(daemon, signal.SIGCONT)
+    rows = "SELECT acknowledged FROM epoch_coverage WHERE acknowledged > 0"
+    assert wait_until(lambda: conn.execute("SELECT count(*) FROM consumer WHERE left_at IS NOT NULL").fetchone() == (1,))
+    assert conn.execute(rows).fetchall() == [(3,)]
+
+
 def test_killed_trainer_takes_its_private_daemon_along(ingested: str) -> None:
     """A private daemon ends when its only trainer is killed: no process, no socket, nothing in /dev/shm."""
     before = leftovers()
     trainer = subprocess.Popen([sys.executable, "-c", TRAINER], stdout=subprocess.PIPE, text=True, cwd="/")
     assert trainer.stdout is not None and trainer.stdout.readline() == "holding\n"
-    assert len(daemons()) == 3
+    assert len(daemons()) == 1 + len(os.sched_getaffinity(0))  # a decode worker a core
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
@@ -171,12 +207,69 @@ def test_killed_daemon_comes_back(
         assert nothing_stays(before)
 
 
+def dead_children() -> set[int]:
+    """Return the children of this process that ended and that it did not wait for: they stay in the system's table of processes."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state == "Z" and int(parent) == os.getpid():
+                    found.add(int(entry.name))
+    return found
+
+
+def test_private_daemons_that_ended_are_reaped(ingested: str) -> None:
+    """A training that opens feeds over and over, or whose daemon dies over and over, does not fill the table of processes: a daemon that
+    ended with its last feed is gone when that is closed, of those that were killed at most the last one is left meanwhile."""
+    before = dead_children()
+    for _ in range(2):
+        with Feed(structures=["inner"]):
+            pass
+        assert dead_children() <= before
+    with Feed(structures=["inner"], batch_size=2, slots=2) as feed:
+        for batch in feed.epochs(3):
+            if batch.index == 1:
+                [pid] = daemons_alone()
+                kill([pid])
+        assert len(dead_children() - before) <= 1
+    assert dead_children() <= before
+
+
+def test_two_threads_reap_the_same_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feeds that end at once in two threads may both see that a daemon has ended: they go on; what ended is forgotten, not what runs."""
+    both = threading.Barrier(2)
+
+    class Seen(subprocess.Popen[bytes]):
+        """A process whose end both threads have seen before either forgets it."""
+
+        def poll(self) -> int | None:
+            code = super().poll()
+            both.wait(60)
+            return code
+
+    ended = [kind([sys.executable, "-c", ""]) for kind in (Seen, subprocess.Popen)]
+    for process in ended:
+        process.wait()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        monkeypatch.setattr(attach, "_started", [*ended, running])
+        with ThreadPoolExecutor(2) as pool:
+            for reaping in [pool.submit(attach._reap) for _ in range(2)]:
+                reaping.result()
+        assert attach._started == [running]
+        running.communicate(b"\n")
+
+
 def test_killed_supervisor(serving: subprocess.Popen[str]) -> None:
-    """The daemon of a supervisor that was killed feeds on until its last trainer left, then ends."""
+    """The daemon of a supervisor that was killed feeds on until its last trainer left, then ends; also if its log goes nowhere any more."""
     with Feed(structures=["inner"], batch_size=2) as feed:
+        [daemon] = daemons_alone()
+        assert serving.stderr is not None
+        serving.stderr.close()
         serving.kill()
         serving.wait()
         assert sum(len(batch) for batch in feed.epochs(3)) == 3 * feed.num_samples
+        assert daemons_alone() == {daemon}
     assert wait_until(lambda: daemons() == [])
 
 
@@ -184,7 +277,7 @@ def test_killed_supervisor(serving: subprocess.Popen[str]) -> None:
 def test_serve_ends_cleanly(serving: subprocess.Popen[str], number: signal.Signals) -> None:
     """Ctrl-C and SIGTERM end `loaderd serve` with exit code 0; a trainer is told, and nothing stays."""
     with Feed(structures=["inner"], batch_size=2, slots=2) as feed:
-        iterator = feed.epochs(50)
+        iterator = feed.epochs(1_000_000)  # more than are fed until the signal has come through the supervisor
         next(iterator)
         serving.send_signal(number)
         with pytest.raises(FeedError, match="told to stop"):

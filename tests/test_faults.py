@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,11 @@ from psycopg.conninfo import conninfo_to_dict
 
 from catalog import database, ingest, synthetic
 from loaderd import Feed, FeedError, attach
+from loaderd.decode import WORK_STRIDE
 from tests.faults.harness import INJECT, SMALL_SHM, Harness, Scenario, shared_memory, undisturbed
-from tests.processes import daemons, kill, server_ended, wait_until
+from tests.processes import daemons, kill, server_ended, serving, wait_until, workers
 from tests.test_feed import order
+from tests.test_isolation import rings
 from tests.test_ranks import two_hosts
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -139,6 +142,92 @@ def test_a_sample_that_kills_two_workers_is_left_out(
     rows = conn.execute("SELECT planned, delivered, unreadable, missing, twice, finished FROM epoch_coverage ORDER BY epoch").fetchall()
     assert rows == [(N, N - 1, 1, 0, 0, True), (N - 1, N - 1, 0, 0, 0, True)]
     assert loaderd("audit", "r").returncode == 0
+
+
+def test_a_batch_that_cannot_be_handed_out_again_ends_its_stream_alone(
+    catalogued: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If nothing can be written when a batch is made again without the sample that killed two workers, its feed ends with one line and
+    gives its ring back; the daemon and who else is fed go on."""
+    victim = order(conn, 3, 0)[5]  # in batch 1, so in slot 1: its work begins where the file may end
+    monkeypatch.setenv("PYTHONPATH", str(INJECT))
+    monkeypatch.setenv("FAULTS_DEADLY", str(victim))
+    beside: dict[str, Any] = {"structures": ["inner"], "batch_size": 4, "shuffle": False, "where": f"sample_id <> {victim}"}
+
+    def said() -> dict[str, Any]:
+        found = attach.status()
+        assert found is not None
+        return found
+
+    with serving(workers=1), Feed(**beside) as other:
+        daemon = said()["pid"]
+        with ThreadPoolExecutor() as pool, Feed(structures=["inner"], batch_size=4, seed=3, slots=30) as feed:
+            kill(workers(), signal.SIGSTOP)
+            fed = pool.submit(everything, feed, 1)
+            assert wait_until(lambda: N // 4 in [stream["decoding"] for stream in said()["streams"]])  # all of it is written by now
+            limit = resource.prlimit(daemon, resource.RLIMIT_FSIZE)
+            resource.prlimit(daemon, resource.RLIMIT_FSIZE, (WORK_STRIDE, limit[1]))
+            kill(workers(), signal.SIGCONT)
+            with pytest.raises(FeedError, match="File too large") as raised:
+                fed.result()
+            assert "\n" not in str(raised.value)
+            resource.prlimit(daemon, resource.RLIMIT_FSIZE, limit)
+        assert wait_until(lambda: len(rings(daemon)) == 1)
+        [samples] = everything(other, 1)
+        assert len(samples) == N - 1 and victim not in samples
+        found = said()
+        assert found["pid"] == daemon and found["workers_replaced"] == 2
+
+
+def test_no_other_sample_is_blamed_for_a_workers_death(catalogued: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker had reported before it died is heard, though Linux reports the death first if it left jobs unread: else the batch
+    that was done counts as the one it died on, and after two such deaths a good sample is flagged and left out."""
+    victim = order(conn, 3, 0)[5]  # in batch 1
+    monkeypatch.setenv("PYTHONPATH", str(INJECT))
+    monkeypatch.setenv("FAULTS_DEADLY", str(victim))
+    with serving(workers=1), ThreadPoolExecutor() as pool, Feed(structures=["inner"], batch_size=4, seed=3, slots=30) as feed:
+        status = attach.status()
+        assert status is not None
+        [worker] = workers()
+        os.kill(worker, signal.SIGSTOP)
+        fed = pool.submit(everything, feed, 1)
+        assert wait_until(lambda: (attach.status() or {})["streams"][0]["decoding"] == N // 4)
+        os.kill(status["pid"], signal.SIGSTOP)
+        os.kill(worker, signal.SIGCONT)
+        assert wait_until(lambda: Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        os.kill(status["pid"], signal.SIGCONT)
+        [samples] = fed.result()
+        assert len(samples) == N - 1 and victim not in samples
+        status = attach.status()
+        assert status is not None and status["workers_replaced"] == 2
+
+
+def test_nobody_dies_for_a_batch_that_nobody_wants(catalogued: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that killed a worker is not handed out again once its trainer has gone on to the next epoch; it ends no stream."""
+    orders = [order(conn, 3, epoch) for epoch in range(2)]
+    victim = orders[0][10]  # in batch 2, which has slot 0 once batch 0 is let go of
+    monkeypatch.setenv("PYTHONPATH", str(INJECT))
+    monkeypatch.setenv("FAULTS_DEADLY", str(victim))
+
+    def said(what: str) -> int:
+        found = attach.status()
+        assert found is not None
+        return int(found["streams"][0][what])
+
+    with serving(workers=1), ThreadPoolExecutor() as pool, Feed(structures=["inner"], batch_size=4, seed=3, slots=2) as feed:
+        left = feed.epoch()
+        next(left)
+        assert wait_until(lambda: said("announced") == 2)
+        kill(workers(), signal.SIGSTOP)
+        next(left)
+        assert wait_until(lambda: said("decoding") == 1)
+        left.close()
+        fed = pool.submit(lambda: [sample for batch in feed.epoch() for sample in batch.sample_ids.tolist()])
+        assert wait_until(lambda: said("epoch") == 1)
+        kill(workers(), signal.SIGCONT)
+        assert fed.result() == [sample for sample in orders[1] if sample != victim]
+        status = attach.status()
+        assert status is not None and status["workers_replaced"] == 3  # one for the epoch that was left, two for the next one
 
 
 def test_killed_postgresql_comes_back(own_server: Path, loaderd: Run) -> None:

@@ -157,8 +157,10 @@ def test_generator(ingested: str) -> None:
 
 def test_arguments_are_checked(ingested: str) -> None:
     """A wrong argument is one clear line that names it, and one that this version does not have is an error."""
-    with pytest.raises(FeedError, match=r"the stream is empty.*valve"):
-        Feed(structures=["valve"])
+    with pytest.raises(FeedError, match=r"the stream is empty.*; of 'valve', 'pool' the catalog has nothing; there are inner, outer$"):
+        Feed(structures=["valve", "inner", "pool"])
+    with pytest.raises(FeedError, match=r"the stream is empty.*; see `catalog status`$"):
+        Feed(structures=["inner"], where="rows = 7")
     assert daemons() == []
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"structures": ["inner"], "where": "nonsense > 1"}, "where=.*nonsense"),
@@ -173,6 +175,18 @@ def test_arguments_are_checked(ingested: str) -> None:
         ({"structures": ["inner"], "rank": 0, "num_ranks": 2}, "run=NAME"),
         ({"structures": ["inner"], "resume": "first"}, "resume='first'"),
         ({"structures": ["inner"], "resume": {"epoch": 3}}, "'stream'.*state_dict"),
+        ({"structures": ["inner"], "size": 96}, r"^size=96: must be \(rows, columns\)$"),
+        ({"structures": ["inner"], "size": 96, "transforms": [{"name": "flip"}]}, r"^size=96: must be \(rows, columns\)$"),
+        ({"structures": {"inner"}}, "^structures: a set is nothing that can be kept with a stream; pass a text, a number or a list$"),
+        ({"where": b"rows = 64"}, "^where: a bytes is nothing"),
+        ({"structures": ["inner"], "size": np.array([96, 0])}, r"^size=\[96, 0\]: must be"),
+        ({"structures": 7}, r"^structures=7: must be a list, such as \['inner'\]$"),
+        ({"structures": ["inner"], "where": 3}, "^where=3: must be a text$"),
+        ({"sequences": 3}, "^sequences=3: must be options, such as"),
+        *(
+            ({"timeout_s": wrong}, "^timeout_s=.*: must be a number of seconds above 0, at most 2147483$")
+            for wrong in (-1, 0, "5", None, True, float("nan"), float("inf"), 1e10)
+        ),
     ]
     with Feed(structures=["inner"]):  # whose daemon refuses the others: to start one for each takes long
         for arguments, expected in wrong:

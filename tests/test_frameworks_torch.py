@@ -137,6 +137,7 @@ def test_arguments_that_cannot_be_right() -> None:
             ({"fields": ["pixels"]}, "must be a list of some of images, masks"),
             ({"fields": ["images", "masks"]}, "'masks': this feed has none"),
             ({"fields": ["labels"]}, "'labels': this feed has none"),
+            ({"copy": "x"}, "^copy='x': must be True or False$"),
         ):
             with pytest.raises(UsageError, match=says) as raised:
                 next(iter(feed.torch(**options)))
@@ -292,6 +293,15 @@ def start(num_ranks: int, checkpoint: Path, what: str) -> list[subprocess.Popen[
     return processes
 
 
+def test_the_example_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    """`--resume` where nothing was saved is one line that names the file, before anything is ingested."""
+    missing, home = tmp_path / "none.pt", tmp_path / "home"
+    command = [sys.executable, str(REPOSITORY / "examples" / "unet_torch.py"), "--resume", "--checkpoint", str(missing)]
+    done = subprocess.run(command, env={**os.environ, "CATALOG_HOME": str(home)}, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and f"--resume: there is no checkpoint {missing}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
 def test_the_example_killed_and_resumed_has_the_same_losses(catalog: Any, tmp_path: Path) -> None:
     """Killed by SIGKILL behind the save of a state in the middle of an epoch, alone and with two ranks, the U-Net goes on and ends with
     the loss curve, to the last bit, of a training that nobody disturbed, and learns."""
@@ -302,13 +312,13 @@ def test_the_example_killed_and_resumed_has_the_same_losses(catalog: Any, tmp_pa
     killed = {num_ranks: start(num_ranks, checkpoint, "dies") for num_ranks, checkpoint in checkpoints.items()}
     for processes in killed.values():
         for process in processes:
-            process.communicate(timeout=120)
+            process.communicate(timeout=600)
         assert processes[0].returncode == -signal.SIGKILL
     assert killed[2][1].returncode not in (0, None)
     resumed = {num_ranks: start(num_ranks, checkpoint, "goes on") for num_ranks, checkpoint in checkpoints.items()}
     for processes in resumed.values():
         for process in processes:
-            printed, errors = process.communicate(timeout=120)
+            printed, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
             gone_on, undisturbed = json.loads(printed.splitlines()[-1])
             assert len(gone_on) == 10 and gone_on == undisturbed

@@ -32,7 +32,7 @@ def plan(url: str, definition: Definition, epoch: int, run: str = "test") -> tup
         conn.commit()
         planner = orders.Planner(db, definition, run_id, stream_id)
         found = selections.shapes(planner.reading, definition)
-        made = planner.plan(epoch, selections.one_shape(found, definition), sum(found.values()))
+        made = planner.plan(epoch, selections.one_shape(planner.reading, found, definition), sum(found.values()))
         made.wait_for(made.num_samples)
         if planner._rest is not None:
             planner._rest.join()

@@ -450,9 +450,7 @@ def test_revocation_reaches_what_is_decoded_already(ingested: str, conn: psycopg
     """A batch that was decoded but not announced when its patient was withdrawn is made again without."""
     expected = order(conn, 3, 0)
     with contextlib.ExitStack() as stack:
-        cores = os.sched_getaffinity(0)
-        stack.callback(os.sched_setaffinity, 0, cores)
-        os.sched_setaffinity(0, sorted(cores)[:2])  # the daemon has as many workers
+        stack.enter_context(serving(2))
         feed = stack.enter_context(Feed(structures=["inner"], batch_size=1, seed=3, slots=10, run="r"))
         assert wait_until(lambda: len(workers()) == 2)
         first, second = workers()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +95,24 @@ def test_a_sequence_follows_from_seed_epoch_and_sample(pixels: np.ndarray[Any, A
 
 
 def test_what_is_revoked_is_in_no_sequence(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
-    """An image that is revoked while it is fed comes neither as a sample nor as a digit beside another one from then on."""
-    with Feed(sequences=OPTIONS, seed=4, batch_size=4, slots=2) as feed:
-        [(gone,)] = conn.execute("SELECT id FROM image WHERE frame = 7").fetchall()
-        before = [batch.members.copy() for batch in feed.epoch() if batch.members is not None]
-        assert any(gone in members for members in before)
+    """An image that is revoked while it is fed comes neither as a sample nor as a digit beside another one from then on, also in what
+    was composed before."""
+    [(gone,)] = conn.execute("SELECT id FROM image WHERE frame = 7").fetchall()
+    [_, second] = epochs(2)
+    assert any(gone in members for sample, (*_, members) in second.items() if sample != gone)
+    with Feed(sequences=OPTIONS, seed=4, batch_size=4, slots=20) as feed:
+        fed = feed.epochs(2)
+        for _ in range(len(feed)):
+            next(fed)
+        # The second epoch is composed, and nothing of it is announced until it is asked for.
+        assert wait_until(lambda: (attach.status() or {})["streams"][0]["decoded"] == 2 * COUNT)
         conn.execute(
             "INSERT INTO flag (rule, severity, detail, image_id, raised_by, revokes) VALUES ('CONSENT', 'error', 'x', %s, 'test', true)",
             [gone],
         )
-        assert wait_until(lambda: conn.execute("SELECT count(*) FROM revoked_image").fetchone() == (1,))
-        for _ in range(4):
-            for batch in feed.epoch():
-                assert batch.members is not None and gone not in batch.members and gone not in batch.sample_ids
+        assert wait_until(lambda: (attach.status() or {})["revoked"] == 1)  # the daemon has heard of it
+        for batch in itertools.chain(fed, feed.epochs(3)):
+            assert batch.members is not None and gone not in batch.members and gone not in batch.sample_ids
 
 
 def test_what_cannot_be_composed_is_refused(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
@@ -121,16 +129,42 @@ def test_what_cannot_be_composed_is_refused(pixels: np.ndarray[Any, Any], conn: 
         Feed(sequences=OPTIONS)
 
 
+def test_labels_of_two_names_are_not_mixed(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
+    """Where labels of two names are numbers from 0 to 9, a feed's `labels=` says whose digits are fed and drawn, and of none other; without
+    it those called `label` are, or, where none is called so, one line names both."""
+
+    def fed(**how: Any) -> tuple[int, set[int]]:
+        with Feed(sequences=OPTIONS, batch_size=COUNT, **how) as feed:
+            [batch] = feed
+            assert batch.labels is not None
+            return feed.num_samples, set(batch.labels.ravel().tolist()) - {-1}
+
+    conn.execute(
+        "WITH s AS (INSERT INTO structure (name) VALUES ('bi''rads') RETURNING id) "
+        "UPDATE annotation SET structure_id = s.id FROM s WHERE label IN ('1', '2')"
+    )
+    others = (COUNT * 8 // 10, {0, 3, 4, 5, 6, 7, 8, 9})
+    assert fed() == others == fed(labels="label")
+    assert fed(labels="bi'rads") == (COUNT // 5, {1, 2})
+    conn.execute("UPDATE structure SET name = 'digit' WHERE name = 'label'")
+    with pytest.raises(FeedError, match=r"there are bi'rads, digit$") as refused:
+        Feed(sequences=OPTIONS)
+    assert "\n" not in str(refused.value)
+    assert fed(labels="digit") == others
+    assert fed(labels="bi'rads", where="label = '2'") == (COUNT // 10, {2})
+
+
+def held(daemon: int) -> int:
+    """Return how many descriptors of digits a daemon has."""
+    found = 0
+    for entry in Path(f"/proc/{daemon}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            found += "loaderd-pool" in str(entry.readlink())
+    return found
+
+
 def test_a_feed_that_is_refused_leaves_no_memory_behind(pixels: np.ndarray[Any, Any]) -> None:
     """The digits that were looked up for a stream that cannot be fed are given back: for want of room, or as its run was fed before."""
-
-    def held() -> int:
-        found = 0
-        for entry in Path(f"/proc/{daemon}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed since
-                found += "loaderd-pool" in str(entry.readlink())
-        return found
-
     with Feed(limit=1):
         status = attach.status()
         assert status is not None
@@ -140,7 +174,32 @@ def test_a_feed_that_is_refused_leaves_no_memory_behind(pixels: np.ndarray[Any, 
         state = {"stream": "x", "run": "never", "epoch": 0, "step": 0, "attempt": 1}
         with pytest.raises(FeedError, match="never fed"):
             Feed(sequences=OPTIONS, run="never", resume=state)
-        assert wait_until(lambda: held() == 0)
+        assert wait_until(lambda: held(daemon) == 0)
         with Feed(sequences=OPTIONS):
-            assert held() > 0
-        assert wait_until(lambda: held() == 0)
+            assert held(daemon) > 0
+        assert wait_until(lambda: held(daemon) == 0)
+
+
+def test_a_trainer_that_dies_while_its_digits_are_looked_up_leaves_none_behind(
+    pixels: np.ndarray[Any, Any], database_url: str, conn: psycopg.Connection
+) -> None:
+    """They come when nobody is there any more to be fed with them, and are given back all the same."""
+
+    def streams() -> int:
+        found = attach.status()
+        assert found is not None
+        return len(found["streams"])
+
+    with Feed(limit=1):
+        status = attach.status()
+        assert status is not None
+        with psycopg.connect(database_url) as locking:
+            locking.execute("LOCK TABLE image IN ACCESS EXCLUSIVE MODE")
+            trainer = subprocess.Popen([sys.executable, "-c", f"import loaderd; loaderd.Feed(sequences={OPTIONS!r})"])
+            assert wait_until(lambda: streams() == 2)
+            trainer.kill()
+            trainer.wait()
+            assert wait_until(lambda: streams() == 1)
+        # Its row comes behind the digits.
+        assert wait_until(lambda: conn.execute("SELECT count(*) FROM consumer WHERE left_at IS NOT NULL").fetchone() == (1,))
+        assert wait_until(lambda: held(status["pid"]) == 0)

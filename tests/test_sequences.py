@@ -173,19 +173,40 @@ def test_compose_is_the_seed_s_call() -> None:
 
 
 @pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("rows", [28, 20])
 @pytest.mark.parametrize("how", [{}, {"type": "fixed"}, {"subtype": "between"}, {"width": None}, {"ground": "black"}])
-def test_one_image_is_that_of_many(how: dict[str, Any], transform: bool) -> None:
-    """The image that `compose` gives by itself is, pixel for pixel, the one of the batch of the same random words; of dead digits, too."""
+def test_one_image_is_that_of_many(how: dict[str, Any], rows: int, transform: bool) -> None:
+    """The image that `compose` gives by itself is, pixel for pixel, the one of the batch of the same random words; of dead digits, too,
+    whichever generator they come from, and both leave it in one state."""
     options = {"length": 10, "width": 390, "transform": transform, **how}
     alive = np.ones(len(POOL.labels), np.bool_)
-    sequencer = sequences.Sequencer(options, POOL.images, POOL.labels, POOL.sample_ids, alive)
+    sequencer = sequences.Sequencer(options, POOL.images[:, :rows], POOL.labels, POOL.sample_ids, alive)
     numbers = [3, 1, 4, 1, 5, 9, 2, 6, 5, 0]
     for seed in range(25):
         alive[:] = True
         alive[:: seed % 3 + 3] = seed < 15  # a third of the images, a quarter, …
-        made = sequencer.compose(np.array([numbers]), sequences.generator(seed))
-        one = sequencer.image(numbers, sequences.generator(seed))
+        bits = (np.random.Philox, np.random.PCG64, np.random.MT19937)[seed % 5 % 3]  # of MT19937, a raw word has 32 bits
+        ours, theirs = (np.random.Generator(bits(seed)) for _ in range(2))
+        for generator in (ours, theirs):
+            generator.integers(0, 9, dtype=np.uint32)  # half a word is left over
+        made = sequencer.compose(np.array([numbers]), theirs)
+        one = sequencer.image(numbers, ours)
         assert one.dtype == np.float32 and np.array_equal(one, made.images[0, :, : made.widths[0]])
+        assert ours.integers(0, 2**63) == theirs.integers(0, 2**63)
+
+
+def test_a_seed_gives_the_same_image_in_each_version() -> None:
+    """Which images are drawn for a seed, and where they stand, is what it was when this was written."""
+    values = np.arange(1, 71, dtype=np.uint8)  # each image is one grey
+    pool = Digits(np.broadcast_to(values[:, None, None], (70, 28, 28)), values % 10, values.astype(np.int64), np.zeros((70, 16), np.uint8))
+
+    def drawn(width: int | None, kind: str) -> list[tuple[int, int]]:
+        row = np.rint(sequences.compose("35091", (0, 20), width, type=kind, ground="black", seed=7, pool=pool)[0] * 255).astype(int)
+        return [(int(row[at]), at) for at in np.flatnonzero(np.diff(row, prepend=0)).tolist() if row[at]]
+
+    assert drawn(200, "variable") == [(43, 9), (5, 45), (60, 84), (59, 127), (31, 161)]
+    assert drawn(None, "variable") == [(43, 9), (5, 54), (60, 95), (59, 139), (31, 168)]
+    assert drawn(None, "fixed") == [(43, 9), (5, 46), (60, 83), (59, 120), (31, 157)]
 
 
 @pytest.mark.parametrize(
@@ -233,9 +254,10 @@ def test_options_have_one_form() -> None:
     assert sequences.checked({"length": np.int64(4), "width": np.int64(200)}) == {"length": [4, 4], "width": 200}
     assert json.loads(json.dumps(form)) == form
     for wrong, message in (
-        ({"length": 3, "heigth": 28}, "must be options of these: length, spacing"),
+        ({"length": 3, "heigth": 28}, "sequences: 'heigth' is no option; there are length, spacing, width"),
+        ({"lenght": 3}, "sequences: 'lenght' is no option; there are length"),
         ({}, "length is missing"),
-        ([], "must be options"),
+        ([], r"sequences=\[\]: must be options of these: length, spacing"),
         ({"length": (8, 3)}, "upside down"),
         ({"length": 0}, "from 1 to 100"),
     ):
@@ -337,14 +359,20 @@ def test_a_digit_without_images_is_not_drawn() -> None:
     assert set(np.unique(made.part(1, 0, 50).digits)) == {8, 9}
     with pytest.raises(UsageError, match="there is no image of a 3"):
         made.compose(np.array([[8, 3, 3, 9]]), sequences.generator(1))
+    few = Digits(POOL.images[~some], POOL.labels[~some], POOL.sample_ids[~some], POOL.sample_keys[~some])
+    for missing in "89":
+        with pytest.raises(UsageError, match=f"there is no image of a {missing}"):
+            sequences.compose(f"0{missing}", image_width=None, pool=few)
 
 
 # ------------------------------------------------------------------------------------------ changed digits
 
 
-def test_a_digit_is_changed_by_its_own_words() -> None:
-    """Together with others, alone or in reverse it becomes the same; what is not chosen stays as it is, bit for bit."""
-    images = POOL.images[np.arange(2100) % 70]
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_digit_is_changed_by_its_own_words(times: int) -> None:
+    """Together with others, alone or in reverse it becomes the same; what is not chosen stays as it is, bit for bit. Also where digits are
+    so high that those of a batch have more rows than OpenCV counts."""
+    images = np.tile(POOL.images, (1, times, 1))[np.arange(2100) % 70]
     chances = words(len(images), distortion.WORDS)
     together = images.copy()
     distortion.distort(together, chances, 255)
@@ -377,6 +405,11 @@ def test_a_crop_enlarges_what_is_left() -> None:
     distortion.distort(digit, only(0), 0)  # all four sides: 1.0 of the largest crop
     rows, columns = (np.flatnonzero(digit[0].max(axis=axis) > 127) for axis in (1, 0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (2, 17, 10, 25)
+    digit = np.zeros((1, 28, 28), np.uint8)
+    digit[0, 8:16, 12:20] = 255
+    distortion.distort(digit, only(0, w6=0.0, w7=0.0), 0)  # the upper and the lower side alone
+    rows, columns = (np.flatnonzero(digit[0].max(axis=axis) > 127) for axis in (1, 0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (2, 17, 12, 19)
 
 
 def test_jitter_moves_pixels_by_about_half_a_pixel_and_blur_spreads_them() -> None:
@@ -442,6 +475,36 @@ def test_digits_come_from_the_catalog_and_never_stale(database_url: str, tmp_pat
             digits.load(db, "label = 'y'")
 
 
+def test_labels_of_two_names_are_not_mixed(database_url: str, tmp_path: Path, conn: psycopg.Connection) -> None:
+    """Where labels of two names are numbers from 0 to 9, one line names both and the ways to choose; each of these gives one name's."""
+    write_idx(tmp_path / "mnist")
+    with open_database(database_url) as db:
+        ingest.ingest(db, tmp_path / "mnist", jobs=1)
+        conn.execute(
+            "WITH s AS (INSERT INTO structure (name) VALUES ('bi''rads') RETURNING id) "
+            "UPDATE annotation SET structure_id = s.id FROM s WHERE label IN ('1', '2')"
+        )
+        with pytest.raises(UsageError, match=r"labels of 2 names are numbers from 0 to 9 \(\"bi'rads\", 'label'\); choose") as caught:
+            digits.load(db)
+        assert "\n" not in str(caught.value)
+        assert """labels="bi'rads", or by where="structure = 'bi''rads'\"""" in str(caught.value)
+        for _ in range(2):  # read, then from the cache
+            assert set(digits.load(db, labels="bi'rads").labels) == {1, 2} == set(digits.load(db, "structure = 'bi''rads'").labels)
+            assert set(digits.load(db, labels="label").labels) == {0, 3, 4, 5, 6, 7, 8, 9}
+            assert set(digits.load(db, "label = '3'", labels="label").labels) == {3}
+        with pytest.raises(UsageError, match=r"the catalog has no image with a label 'other' from 0 to 9$"):
+            digits.load(db, labels="other")
+    wanted = {"labels": "label", "database": database_url}
+    assert sequences.compose("30", image_width=60, **wanted).shape == (28, 60)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="there is no image of a 1"):
+        sequences.compose("1", image_width=60, **wanted)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="labels of 2 names"):
+        sequences.compose("1", image_width=60, database=database_url)
+    for wrong in ("", 3, ["label"]):
+        with pytest.raises(UsageError, match=r"labels=.*: must be the name of a label"):
+            sequences.compose("1", image_width=60, labels=wrong, database=database_url)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def run(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run `loaderd sequence` in this process, in a folder of its own, on a catalog of 60 digits."""
@@ -496,6 +559,11 @@ def test_loaderd_sequence(run: Callable[..., Any], tmp_path: Path, database_url:
         assert json.loads(str(left["about"])) == json.loads(right.attrs["about"])
     assert run("--count", 3, "--length", 2, "-o", "set.npz")["path"] == "set-2.npz"
 
+    for arguments in (("12", "-o", "/proc/x.png"), ("--count", 3, "--length", 2, "-o", "/proc/x.npz")):
+        with pytest.raises(OSError, match=r"No such file or directory|Permission denied") as refused:
+            run(*arguments)
+        assert refused.value.filename == arguments[-1]  # not a file beside it
+
     there = sorted(tmp_path.iterdir())
     for arguments, message in (
         (("12", "-o", "a.gif"), "-o a.gif: must end in .png, .jpg, .jpeg"),
@@ -515,8 +583,11 @@ def test_loaderd_sequence(run: Callable[..., Any], tmp_path: Path, database_url:
             run(*arguments)
     for text, message in (
         ("{", "is no JSON"),
-        ('{"images": {}}', "must be an object with image"),
-        ('{"image": {"x": 1}}', "image must be"),
+        ("[]", "must be an object with image, spacing, output_format"),
+        ('{"images": {}}', "'images' is no key; there are image, spacing, output_format"),
+        ('{"image": {"transfrom": true}}', "'transfrom' is no key of image; there is transform"),
+        ('{"spacing": {"transform": true}}', "'transform' is no key of spacing; there is type, subtype"),
+        ('{"image": true}', "image must be an object with transform"),
         ('{"output_format": "gif"}', "output_format is one of"),
         ('{"spacing": {"type": 3}}', "type=3: must be"),
     ):
@@ -524,3 +595,21 @@ def test_loaderd_sequence(run: Callable[..., Any], tmp_path: Path, database_url:
         with pytest.raises(UsageError, match=message):
             run("12", "--config", "seed.json")
     assert sorted(tmp_path.iterdir()) == there
+
+
+def test_loaderd_sequence_of_labels_of_one_name(run: Callable[..., Any], conn: psycopg.Connection) -> None:
+    """Where labels of two names are numbers from 0 to 9, `--labels` says whose digits a picture or a set is composed of, also in the
+    processes that compose a set, which says it in turn; without it the command is refused."""
+    conn.execute(
+        "WITH s AS (INSERT INTO structure (name) VALUES ('birads') RETURNING id) "
+        "UPDATE annotation SET structure_id = s.id FROM s WHERE label IN ('1', '2')"
+    )
+    with pytest.raises(UsageError, match="labels of 2 names"):
+        run("12")
+    assert run("12", "--labels", "birads")["digits"] == "12"
+    with pytest.raises(UsageError, match="there is no image of a 1"):
+        run("12", "--labels", "label")
+    for jobs, labels, shown in ((2, "birads", {1, 2}), (1, "label", {0, 3, 4, 5, 6, 7, 8, 9})):
+        made = run("--count", 1001, "--length", 2, "--labels", labels, "-o", "set.npz", "--overwrite", "--jobs", jobs)
+        with np.load(made["path"]) as found:
+            assert set(np.unique(found["digits"])) == shown and json.loads(str(found["about"]))["labels"] == labels

@@ -372,11 +372,17 @@ def test_top_measures_once(ingested: str, capsys: pytest.CaptureFixture[str]) ->
         assert top(None, interval_s=0.1) == 0
         text = capsys.readouterr().out
         assert "seen" in text and f"{os.getpid()}" in text and "\x1b" not in text
-        assert top(None, once=True, as_json=True, interval_s=0.1) == 0
-        found = json.loads(capsys.readouterr().out)
+
+        def measured() -> dict[str, Any]:
+            assert top(None, once=True, as_json=True, interval_s=0.1) == 0
+            return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+        # Nobody takes a batch meanwhile, so the ring is full in a moment.
+        assert wait_until(lambda: measured()["streams"][0]["batches_per_s"] == 0)
+        found = measured()
     assert found["daemon"]["pid"] > 0 and found["seconds"] >= 0.1
     (row,) = found["streams"]
-    assert (row["run"], row["pid"], row["batches_per_s"]) == ("seen", os.getpid(), 0)  # nobody took a batch meanwhile, and the ring is full
+    assert (row["run"], row["pid"], row["batches_per_s"]) == ("seen", os.getpid(), 0)
     assert row["leased"] > 0 and row["slots"] >= row["leased"] + row["decoding"] + row["free"]
 
 
