@@ -183,7 +183,7 @@ def _accept(
     grid = _current(conn, annotation_id)
     image = conn.execute(IMAGE, [sample_id]).fetchone()
     if image is None:
-        raise CatalogError(f"sample {sample_id}: there is none in the catalog, so nothing was done; the view image_all has what there is")
+        raise UsageError(f"sample {sample_id}: there is none in the catalog, so nothing was done; the view image_all has what there is")
     if not image[2]:
         raise CatalogError(f"sample {sample_id}: no file with its pixels is present, so nothing was done; bring it back, then ingest again")
     if grid not in ((None, None), (image[0], image[1])):
@@ -222,7 +222,7 @@ def _pairings(conn: psycopg.Connection[Any], ids: Sequence[int], *, several: boo
         "SELECT id, annotation_id, image_id FROM pairing WHERE id = ANY(%s) ORDER BY annotation_id, id", [list(ids)]
     ).fetchall()
     if missing := sorted(set(ids) - {pairing_id for pairing_id, _, _ in rows}):
-        raise CatalogError(f"pairing {missing[0]}: there is none, so nothing was done; see `catalog pair list --state all`")
+        raise UsageError(f"pairing {missing[0]}: there is none, so nothing was done; see `catalog pair list --state all`")
     for (first, annotation_id, _), (second, next_id, _) in itertools.pairwise(rows):
         if annotation_id == next_id and not several:
             raise UsageError(f"pairings {first} and {second}: are of one annotation ({annotation_id}), which was drawn on one image")
@@ -233,7 +233,7 @@ def _current(conn: psycopg.Connection[Any], annotation_id: int) -> tuple[int | N
     """Lock an annotation, keep ingests of its root out, and return its grid (rows, columns) if it is a segment."""
     row = conn.execute(ANNOTATION, [annotation_id]).fetchone()
     if row is None:
-        raise CatalogError(f"annotation {annotation_id}: there is none, so nothing was done; see `catalog pair list --state all`")
+        raise UsageError(f"annotation {annotation_id}: there is none, so nothing was done; see `catalog pair list --state all`")
     if not row[1]:
         raise CatalogError(
             f"annotation {annotation_id}: is a past version, so nothing was done; see `catalog pair list --state all` for the current one"

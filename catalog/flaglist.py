@@ -12,7 +12,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from catalog.database import Database
-from catalog.errors import CatalogError
+from catalog.errors import UsageError
 from catalog.flags import Severity, transaction
 
 LISTED = """
@@ -111,7 +111,7 @@ def listed(
     query = f"{LISTED} WHERE {' AND '.join(['true', *(one for one, asked in conditions.items() if asked)])} ORDER BY f.id LIMIT %(limit)s"
     with transaction(database) as conn, conn.cursor(row_factory=dict_row) as cursor:
         if sample is not None and conn.execute("SELECT FROM image WHERE id = %s", [sample]).fetchone() is None:
-            raise CatalogError(f"sample {sample}: no such sample in the catalog; the view image_all has what there is")
+            raise UsageError(f"sample {sample}: no such sample in the catalog; the view image_all has what there is")
         values = {
             "state": state, "severity": severity, "assigned_to": assigned_to, "sample": sample, "limit": limit,
             "rules": None if rule is None else _fitting(conn, rule.upper()),
@@ -129,7 +129,7 @@ def history(database: Database, flag_id: int) -> tuple[dict[str, Any], list[Even
         query = LISTED.replace("f.detail,", "f.rule_version, f.detail,")
         row = cursor.execute(f"{query} WHERE f.id = %s".encode(), [flag_id]).fetchone()
         if row is None:
-            raise CatalogError(f"flag {flag_id}: there is none; see `catalog flag list --state all`")
+            raise UsageError(f"flag {flag_id}: there is none; see `catalog flag list --state all`")
         found = cursor.execute(
             "SELECT at, actor, action, coalesce(before, '{}') AS before, coalesce(after, '{}') AS after, reason FROM event "
             "WHERE subject = 'flag' AND subject_id = %s ORDER BY id",

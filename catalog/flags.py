@@ -384,7 +384,7 @@ def _locked(conn: psycopg.Connection[Any], flag_id: int, what: str) -> dict[str,
     with conn.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute("SELECT * FROM flag WHERE id = %s FOR UPDATE", [flag_id]).fetchone()
     if row is None:
-        raise CatalogError(f"flag {flag_id}: there is none, so nothing was {what}; see `catalog flag list --state all`")
+        raise UsageError(f"flag {flag_id}: there is none, so nothing was {what}; see `catalog flag list --state all`")
     return row
 
 

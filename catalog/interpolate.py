@@ -27,7 +27,7 @@ from catalog.errors import CatalogError, UsageError
 from catalog.flags import person, transaction
 from catalog.processes import Progress
 from catalog.records import Segment, segment
-from catalog.selection import DRAWN, conditions
+from catalog.selection import DRAWN, conditions, unknown_structure
 
 Along = Literal["slices", "phases", "both"]
 # Chosen by leaving drawn slices out, see docs/sets.md: over three slices of 10 mm the median Dice of inner contours is above 0.9, over
@@ -202,9 +202,8 @@ def interpolate(
     with transaction(database, dry_run=dry_run) as conn:
         row = conn.execute(STRUCTURE, {"structure": structure, "drawn": list(DRAWN)}).fetchone()
         if row is None:
-            names = [one for (one,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
-            if structure not in names:
-                raise UsageError(f"structure {structure!r}: there is none of this name; there are {', '.join(names) or 'none'}")
+            if said := unknown_structure(conn, [structure]):
+                raise UsageError(f"structure {said}")
             raise CatalogError(f"structure {structure!r}: nobody drew any, so nothing lies between; see `catalog status`")
         structure_id, root_ids = row
         roots.alone(conn, root_ids)

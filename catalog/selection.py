@@ -150,3 +150,12 @@ def checked(conn: psycopg.Connection[Any], where: str | None, view: str, *, name
 def _text(text: Any) -> sql.SQL:
     # The only place where text from a user becomes SQL; see `checked`.
     return sql.SQL(text)
+
+
+def unknown_structure(conn: psycopg.Connection[Any], names: Sequence[str]) -> str | None:
+    """Return in words the first of these names that no structure of the catalog has, and which there are; None if it has all."""
+    there = [name for (name,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
+    for name in names:
+        if name not in there:
+            return f"{name!r}: there is none of this name; there are {', '.join(there) or 'none'}"
+    return None

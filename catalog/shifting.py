@@ -137,7 +137,7 @@ def shift(
     with transaction(database, dry_run=dry_run) as conn:
         row = conn.execute("SELECT id FROM root WHERE name = %s", [root]).fetchone()
         if row is None:
-            raise CatalogError(f"root {root!r}: there is none of this name; see `catalog root list`")
+            raise UsageError(f"root {root!r}: there is none of this name; see `catalog root list`")
         roots.alone(conn, [row[0]])
         done = Shifted(root, x, y)
         parameters = {"root": row[0], "x": x, "y": y, "structure": structure, "reader": reader, "retired": pairings.RETIRED}

@@ -35,7 +35,7 @@ from catalog import __version__, roots
 from catalog.database import Database, explain
 from catalog.errors import CatalogError, DriftError, UsageError
 from catalog.flags import is_text, person, transaction
-from catalog.selection import DRAWN, NAME, ORIGINS, checked, conditions, samples
+from catalog.selection import DRAWN, NAME, ORIGINS, checked, conditions, samples, unknown_structure
 
 VERSION = 1
 LONGEST_NAME = 100  # letters: an export makes file names of it
@@ -189,7 +189,8 @@ def create(
         "require": None if require == "any" else require}  # fmt: skip
     parameters = {"count": len(structures), "name": split}
     with transaction(database, dry_run=dry_run) as conn:
-        _look(conn, structures)
+        if said := unknown_structure(conn, structures):
+            raise UsageError(f"structure {said}")
         # What is frozen holds still until it is.
         roots.alone(conn, [root_id for (root_id,) in conn.execute("SELECT id FROM root")])
         split_id = _split(conn, split)
@@ -270,12 +271,6 @@ def _check(name: str, structures: Sequence[str], origins: Sequence[str], require
         raise UsageError(f"require {require!r}: must be any or all")
     if require == "all" and (images or not structures):
         raise UsageError("require all: of which structures? name them, and leave images out, which asks for none")
-
-
-def _look(conn: Connection, structures: Sequence[str]) -> None:
-    there = [one for (one,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
-    if missing := [one for one in structures if one not in there]:
-        raise UsageError(f"structure {missing[0]!r}: there is none of this name; there are {', '.join(there) or 'none'}")
 
 
 def _split(conn: Connection, name: str | None) -> int | None:

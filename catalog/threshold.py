@@ -27,7 +27,7 @@ from catalog.flags import person, transaction, written
 from catalog.inside import Method
 from catalog.processes import Progress
 from catalog.records import Segment, segment
-from catalog.selection import DRAWN, conditions
+from catalog.selection import DRAWN, conditions, unknown_structure
 from catalog.workers import mapped
 
 READER = "threshold"
@@ -217,9 +217,8 @@ def threshold(
     inside.needed()
     outer, actor = written(outer, "--outer"), person(actor)
     with transaction(database) as conn:
-        names = [one for (one,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
-        if outer not in names:
-            raise UsageError(f"--outer {outer!r}: there is none of this name; there are {', '.join(names) or 'none'}")
+        if said := unknown_structure(conn, [outer]):
+            raise UsageError(f"--outer {said}")
         inner = _inner(conn, outer, inner)
         targets = _targets(conn, outer, inner)
     if not targets:

@@ -144,7 +144,7 @@ def _read(database: Database, where: str | None, labels: str | None) -> tuple[Di
     if len(names := sorted(set(structures))) > 1:
         listed = ", ".join(map(repr, names[:5])) + ", …" * (len(names) > 5)
         raise UsageError(
-            f"digits: labels of {len(names)} names are numbers from 0 to 9 ({listed}); choose one by labels={names[0]!r}, "
+            f"digits: labels of {len(names)} names are numbers from 0 to 9 ({listed}); choose one by labels={names[0]!r} (--labels), "
             f'or by where="structure = {sql.Literal(names[0]).as_string()}"'
         )
     shapes = set(zip(heights, widths, strict=True))

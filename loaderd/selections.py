@@ -11,7 +11,7 @@ import psycopg
 from psycopg import sql
 
 from catalog.errors import UsageError
-from catalog.selection import checked, conditions, on_side, samples, side
+from catalog.selection import checked, conditions, on_side, samples, side, unknown_structure
 from loaderd.definitions import Definition
 
 SELECT_TIMEOUT_S = 600  # for a selection, which holds a user's SQL
@@ -135,10 +135,8 @@ def one_shape(conn: Connection, found: dict[tuple[int, int], int], definition: D
             for name in ("labels", "readers", "snapshot", "split", "where")
             if (value := getattr(definition, name)) is not None
         ]
-        there = [name for (name,) in conn.execute('SELECT name FROM structure ORDER BY name COLLATE "C"')]
-        named = (*definition.structures, *([definition.labels] if definition.labels is not None else []))
-        unknown = ", ".join(repr(name) for name in named if name not in there)
-        hint = f"of {unknown} the catalog has nothing; there are {', '.join(there) or 'none'}" if unknown else "see `catalog status`"
+        said = unknown_structure(conn, [*definition.structures, *([] if definition.labels is None else [definition.labels])])
+        hint = f"structure {said}" if said else "see `catalog status`"
         raise UsageError(f"the stream is empty: no sample fits {', '.join(what)}; {hint}")
     if len(found) > 1 and definition.fixed_size is None:
         listed = ", ".join(f"{rows}×{columns} ({count})" for (rows, columns), count in found.items())

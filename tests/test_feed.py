@@ -157,7 +157,7 @@ def test_generator(ingested: str) -> None:
 
 def test_arguments_are_checked(ingested: str) -> None:
     """A wrong argument is one clear line that names it, and one that this version does not have is an error."""
-    with pytest.raises(FeedError, match=r"the stream is empty.*; of 'valve', 'pool' the catalog has nothing; there are inner, outer$"):
+    with pytest.raises(FeedError, match=r"the stream is empty.*; structure 'valve': there is none of this name; there are inner, outer$"):
         Feed(structures=["valve", "inner", "pool"])
     with pytest.raises(FeedError, match=r"the stream is empty.*; see `catalog status`$"):
         Feed(structures=["inner"], where="rows = 7")

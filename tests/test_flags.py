@@ -179,7 +179,7 @@ def test_ingest_does_not_close_what_was_made_to_revoke(say: Say, conn: psycopg.C
     )
     say("flag", "add", f"file:{file_id}", "--rule", "PATIENT-DIFFERS", "--detail", "is another patient", "--revoke")
     conn.execute("UPDATE file SET mtime_ns = 0 WHERE id = %s", [file_id])
-    assert "1 files read" in say("ingest", studies, "--jobs", 1)
+    assert "1 file read" in say("ingest", studies, "--jobs", 1)
     assert conn.execute("SELECT state, raised_by FROM flag").fetchall() == [("open", ME)]
 
 

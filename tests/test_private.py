@@ -204,7 +204,7 @@ def told(trees: tuple[Path, Planted], folder: Path, *, pseudonymize: bool) -> To
 def dump(server: embedded.Server) -> bytes:
     """Return what pg_dump writes of an embedded catalog, less what is in its private schema: the dump to give away of docs/privacy.md."""
     door = ["--host", str(server.host), "--port", str(server.port), "--username", str(server.user)]
-    command = [embedded.wheel_binaries() / "pg_dump", *door, "--exclude-table-data=private.*", "catalog"]
+    command = [embedded.wheel_binaries() / "pg_dump", *door, "--exclude-table-data=private.*", "--exclude-table-data=sql_login", "catalog"]
     return subprocess.run(command, capture_output=True, check=True).stdout
 
 

@@ -487,7 +487,7 @@ def test_labels_of_two_names_are_not_mixed(database_url: str, tmp_path: Path, co
         with pytest.raises(UsageError, match=r"labels of 2 names are numbers from 0 to 9 \(\"bi'rads\", 'label'\); choose") as caught:
             digits.load(db)
         assert "\n" not in str(caught.value)
-        assert """labels="bi'rads", or by where="structure = 'bi''rads'\"""" in str(caught.value)
+        assert """labels="bi'rads" (--labels), or by where="structure = 'bi''rads'\"""" in str(caught.value)
         for _ in range(2):  # read, then from the cache
             assert set(digits.load(db, labels="bi'rads").labels) == {1, 2} == set(digits.load(db, "structure = 'bi''rads'").labels)
             assert set(digits.load(db, labels="label").labels) == {0, 3, 4, 5, 6, 7, 8, 9}

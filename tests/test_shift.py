@@ -301,7 +301,7 @@ def test_shift_on_the_command_line(ingested: str, catalog: Run, conn: psycopg.Co
     ):  # fmt: skip
         refused = catalog(*command, *wrong)
         assert refused.returncode == code and refused.stderr.count("\n") == 1, wrong
-    assert catalog("annotations", "shift", "--root", "none", "--by", "1,1", "-m", "x").returncode == 1
+    assert catalog("annotations", "shift", "--root", "none", "--by", "1,1", "-m", "x").returncode == 2
     assert catalog("annotations", "shift", "--root", name, "--by", "1,1").returncode == 2
     with open_database(ingested) as db, pytest.raises(UsageError, match="finite"):
         shifting.shift(db, name, by=(math.nan, 0.0), reason="x", actor="somebody")
