@@ -9,6 +9,8 @@ import signal
 import struct
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import pytest
 
 from catalog import database, ingest
 from loaderd import Feed, FeedError, attach
-from tests.processes import wait_until, workers
+from loaderd.workers import IN_FLIGHT
+from tests.processes import kill, serving, wait_until, workers
 
 COUNT, ROWS, COLUMNS = 60, 6, 5
 OPTIONS: dict[str, Any] = {"length": (2, 4), "spacing": (0, 3)}
@@ -113,6 +116,38 @@ def test_what_is_revoked_is_in_no_sequence(pixels: np.ndarray[Any, Any], conn: p
         assert wait_until(lambda: (attach.status() or {})["revoked"] == 1)  # the daemon has heard of it
         for batch in itertools.chain(fed, feed.epochs(3)):
             assert batch.members is not None and gone not in batch.members and gone not in batch.sample_ids
+
+
+def test_a_revoked_digit_leaves_what_is_composed_already(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
+    """A sequence that was composed but not announced when one of its other digits was revoked is composed again, also if as many images
+    are revoked as before, since another one's revocation was taken back."""
+    [first] = epochs(1)
+    shown = Counter(member for sample, (*_, members) in first.items() for member in {*members.tolist()} - {sample, -1})
+    (gone, times), (other, _) = shown.most_common(2)
+    assert times >= 5
+    revoke = "INSERT INTO flag (rule, severity, detail, image_id, raised_by, revokes) VALUES ('CONSENT', 'error', 'x', %s, 'test', true)"
+    log = Path(os.environ["CATALOG_HOME"]).with_name("serve.log")
+
+    def stream(what: str) -> int:
+        return int((attach.status() or {})["streams"][0][what])
+
+    with serving(2), Feed(sequences=OPTIONS, seed=4, batch_size=4, slots=15) as feed, ThreadPoolExecutor() as pool:
+        conn.execute(revoke, [other])
+        assert wait_until(lambda: log.read_bytes().count(b"event=revoked") == 1)
+        one, two = workers()
+        kill([one, two], signal.SIGSTOP)
+        fed = pool.submit(lambda: [batch.members.copy() for batch in feed.epoch() if batch.members is not None])
+        assert wait_until(lambda: stream("decoding") == 15)
+        kill([one], signal.SIGCONT)  # it composes its share and what waits; the other one has the first batch or the second
+        assert wait_until(lambda: stream("decoding") == IN_FLIGHT)
+        announced = stream("announced")
+        assert announced <= 1
+        with conn.transaction():
+            conn.execute("DELETE FROM flag WHERE image_id = %s", [other])
+            conn.execute(revoke, [gone])
+        assert wait_until(lambda: log.read_bytes().count(b"event=revoked") == 2)
+        kill([two], signal.SIGCONT)
+        assert not any(gone in members for members in fed.result()[announced:])
 
 
 def test_what_cannot_be_composed_is_refused(pixels: np.ndarray[Any, Any], conn: psycopg.Connection) -> None:
